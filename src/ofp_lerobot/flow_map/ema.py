@@ -1,0 +1,26 @@
+"""The teacher's weights: an exponential moving average of the student's, in float32."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def teacher_decay(schedule_steps: int) -> float:
+    """1 − 1/horizon with a horizon of one percent of the run, between 10 and 100 steps: a slow teacher hurts."""
+    return 1 - 1 / min(max(0.01 * schedule_steps, 10), 100)
+
+
+@torch.no_grad()
+def copy_weights(weights: Mapping[str, Tensor]) -> Weights:
+    """A float32 copy."""
+    return {name: w.detach().to(torch.float32, copy=True) for name, w in weights.items()}
+
+
+@torch.no_grad()
+def update_ema(ema: Weights, weights: Mapping[str, Tensor], decay: float) -> None:
+    """ema ← decay·ema + (1 − decay)·weights, in place. Both hold the same names."""
+    for name, average in ema.items():
+        average.lerp_(weights[name].detach().to(average.dtype), 1 - decay)

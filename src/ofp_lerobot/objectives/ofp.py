@@ -1,0 +1,108 @@
+"""One-Step Flow Policy (arXiv 2603.12480): boundary anchoring, self-consistency and self-guidance.
+
+Symbols: a action, ε noise, x_t = t·ε + (1 − t)·a, u student, u⁻ teacher (average velocities over [r, t]),
+κ = (t − m)/(t − r) the share of the first segment. The paper writes time as s = 1 − t and the velocity as a − ε.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from ..flow_map.path import Velocity, expand_time, interpolate, interval_step
+from ..flow_map.times import contraction, power_times, segments, uniform
+from .base import Losses, Settings, draw_noise, masked_mean
+
+KAPPA_FLOOR = 0.05  # self-consistency is weighted by 1/max(κ, floor): its gradient is κ times MeanFlow's
+
+
+def ofp(
+    student: Velocity,
+    teacher: Velocity,
+    actions: Tensor,
+    mask: Tensor,
+    settings: Settings,
+    progress: float,
+    generator: Generator,
+) -> Losses:
+    """L_flow + λ_c·L_sc + λ_g·L_sg per sample, with one student call and at most two teacher calls.
+
+    L_flow = ‖u(x_t, t, t) − (ε − a)‖², the condition dropped with probability p_drop.
+    L_sc = ‖u(x_t, t, r) − sg[κ·v + (1 − κ)·u⁻(x_m, m, r)]‖² / max(κ, .05), where the first segment t → m is the
+    sample's own straight path, v = ε − a ("conditional", the paper's), or the teacher's, v = u⁻(x_t, t, t) and
+    x_m = x_t − (t − m)·v ("marginal").
+    L_sg = ‖y − sg[y + g]‖², y = u(x_t, t, 0), g = u⁻(x̃, t′, t′) − u⁻(x̃, t′, t′ ∣ ∅), where x̃ is the one-step
+    answer â = x_t − t·y renoised to t′; from the end of the contraction on.
+    """
+    n = len(actions)
+    rho = contraction(
+        progress,
+        start=settings.contraction_start,
+        end=settings.contraction_end,
+        fraction=settings.contraction_fraction,
+    )
+    guided = settings.guidance_weight > 0 and progress >= settings.contraction_fraction
+    real_dims = mask.any(dim=1, keepdim=True)
+    everyone = torch.ones(n, dtype=torch.bool, device=actions.device)
+
+    noise = draw_noise(actions, generator)
+    t = power_times(
+        n,
+        generator,
+        alpha=settings.flow_time_alpha,
+        scale=settings.flow_time_scale,
+        offset=settings.flow_time_offset,
+    )
+    keep = uniform(n, generator) >= settings.condition_dropout
+    flow_target = noise - actions
+
+    noise_c = draw_noise(actions, generator)
+    cut = segments(n, generator, rho=rho)
+    x_c = interpolate(actions, noise_c, cut.t)
+    first = noise_c - actions
+    if settings.first_segment == "marginal":
+        # In padded dimensions the data is exactly zero, so there the sample's velocity is the marginal one.
+        with torch.no_grad():
+            first = torch.where(real_dims, teacher(x_c, cut.t, cut.t), first)
+    x_m = interval_step(x_c, first, cut.t, cut.m)
+
+    x, starts, ends, keeps = [interpolate(actions, noise, t), x_c], [t, cut.t], [t, cut.r], [keep, everyone]
+    if guided:
+        t_g = uniform(n, generator)
+        x_g = interpolate(actions, draw_noise(actions, generator), t_g)
+        x, starts = [*x, x_g], [*starts, t_g]
+        ends, keeps = [*ends, torch.zeros_like(t_g)], [*keeps, everyone]
+    u = student(torch.cat(x), torch.cat(starts), torch.cat(ends), torch.cat(keeps)).split(n)
+
+    x, starts, ends, keeps = [x_m], [cut.m], [cut.r], [everyone]
+    if guided:
+        answer = interval_step(x_g, u[2].detach(), t_g, torch.zeros_like(t_g)) * real_dims
+        t_again = uniform(n, generator)
+        renoised = interpolate(answer, draw_noise(actions, generator), t_again)
+        x, starts = [*x, renoised, renoised], [*starts, t_again, t_again]
+        ends, keeps = [*ends, t_again, t_again], [*keeps, everyone, ~everyone]
+    with torch.no_grad():
+        u_teacher = teacher(torch.cat(x), torch.cat(starts), torch.cat(ends), torch.cat(keeps)).split(n)
+
+    kappa = expand_time(cut.kappa, actions)
+    target = kappa * first + (1 - kappa) * u_teacher[0]
+    scale = cut.kappa.clamp(min=KAPPA_FLOOR)
+    flow = masked_mean((u[0] - flow_target).square(), mask)
+    residual = masked_mean((u[1] - target).square(), mask)
+    loss = flow + settings.consistency_weight * residual / scale
+    guidance = guidance_norm = loss.new_zeros(())
+    if guided:
+        g = u_teacher[1] - u_teacher[2]
+        sample_guidance = masked_mean((u[2] - (u[2].detach() + g)).square(), mask)
+        loss = loss + settings.guidance_weight * sample_guidance
+        guidance = sample_guidance.mean()
+        guidance_norm = masked_mean(g.square(), mask).mean().sqrt()
+    return Losses(
+        loss,
+        {
+            "loss_flow": flow.detach().mean(),
+            "loss_consistency": (residual / scale).detach().mean(),
+            "consistency_error": (residual / scale.square()).detach().mean(),
+            "loss_guidance": guidance.detach(),
+            "guidance_norm": guidance_norm.detach(),
+            "contraction": torch.tensor(rho, device=actions.device),
+        },
+    )

@@ -1,0 +1,1 @@
+"""The `ofp` policy: π₀.₅ with a one-step action head."""

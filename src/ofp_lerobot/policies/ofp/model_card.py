@@ -1,0 +1,53 @@
+"""What LeRobot's model card does not say of an `ofp` checkpoint."""
+
+from importlib.metadata import version
+
+from huggingface_hub import ModelCard
+
+from .configuration_ofp import OFPConfig
+
+_SECTION = """
+## One-step π₀.₅
+
+Trained with the [One-Step Flow Policy](https://arxiv.org/abs/2603.12480) method: the action expert predicts the
+average velocity over an interval, so {steps} network evaluation{s} per action chunk {suffice}{warm}.
+
+| | |
+| --- | --- |
+| Objective | `{objective}` |
+| Evaluations per chunk | {steps} (`num_inference_steps`, sampler `{sampler}`) |
+| Chunk, executed | {chunk}, {executed} |
+| Base model | {base} |
+| lerobot | {lerobot} |
+| lerobot_policy_ofp | {plugin} |
+
+```bash
+pip install lerobot_policy_ofp
+# one evaluation per chunk, and π₀.₅'s ten-step sampler with the same weights
+lerobot-eval --policy.path={repo} --env.type=<env> --eval.n_episodes=50
+lerobot-eval --policy.path={repo} --policy.sampler=euler --policy.num_inference_steps=10 --env.type=<env> --eval.n_episodes=50
+```
+"""
+
+
+def describe(card: ModelCard, config: OFPConfig) -> ModelCard:
+    """Adds base model, evaluations per chunk, versions and commands to LeRobot's card."""
+    if config.base_model:
+        card.data.base_model = config.base_model
+    one = config.num_inference_steps == 1
+    section = _SECTION.format(
+        steps=config.num_inference_steps,
+        s="" if one else "s",
+        suffice="suffices" if one else "suffice",
+        warm=f", started from {config.warm_start:.0%} of the previous plan" if config.warm_start else "",
+        objective=config.objective,
+        sampler=config.sampler,
+        chunk=config.chunk_size,
+        executed=config.n_action_steps,
+        base=f"[{config.base_model}](https://huggingface.co/{config.base_model})" if config.base_model else "none",
+        lerobot=version("lerobot"),
+        plugin=version("lerobot_policy_ofp"),
+        repo=config.repo_id,
+    )
+    card.text = card.text.rstrip() + "\n" + section
+    return card

@@ -1,0 +1,337 @@
+"""π₀.₅'s network split in two: `encode` (images and text, once per batch) and the velocity pass over its keys and values.
+
+The prefix never attends to the actions, so its keys and values serve every pass: flow, self-consistency, guidance,
+student and teacher, and every sampling step. Parameters carry π₀.₅'s names (LeRobot's `PI05Pytorch`), plus the
+target-time branch. Shapes: b observations, n samples, k = n/b, l prefix tokens, s action steps, d head dimension.
+Times: t = 1 noise, t = 0 action.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+from lerobot.policies.pi05.modeling_pi05 import get_gemma_config
+from lerobot.policies.pi_gemma import (
+    PaliGemmaForConditionalGenerationWithPiGemma,
+    PiGemmaForCausalLM,
+    PiGemmaRMSNorm,
+)
+from lerobot.utils.constants import OPENPI_ATTENTION_MASK_VALUE
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb, repeat_kv
+
+from .configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
+
+NEW_PARAMETERS = frozenset(
+    f"target_time_mlp_{part}.{kind}" for part in ("in", "out") for kind in ("weight", "bias")
+)
+"""What a π₀.₅ checkpoint lacks."""
+
+_FLOAT32_IN_BFLOAT16 = (  # as openpi keeps them
+    "vision_tower.vision_model.embeddings",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "model.norm",
+    "language_model.norm",
+)
+
+
+class Prefix(NamedTuple):
+    """What the action head reads: per layer keys and values (b, kv heads, l, d); mask (b, l) bool, False at padding."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor
+
+    def detach(self) -> "Prefix":
+        return Prefix(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values), self.mask)
+
+    def rows(self, row: Tensor) -> "Prefix":
+        """The prefixes of the observations `row` (n,) names."""
+        return Prefix(tuple(k[row] for k in self.keys), tuple(v[row] for v in self.values), self.mask[row])
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, implementation: Literal["sdpa", "eager"]
+) -> Tensor:
+    """Grouped-query attention. q (b, heads, nq, d), k and v (b, kv heads, nk, d), mask (b, 1, nq or 1, nk) bool.
+
+    Returns (b, heads, nq, d). "eager" repeats LeRobot's arithmetic to the bit; "sdpa" folds the query heads of a
+    group into its queries, so that no key is repeated.
+    """
+    b, heads, nq, d = q.shape
+    group = heads // k.shape[1]
+    if implementation == "eager":
+        scores = torch.matmul(q, repeat_kv(k, group).transpose(2, 3)) * scaling
+        scores = scores + torch.where(mask, 0.0, OPENPI_ATTENTION_MASK_VALUE)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(weights, repeat_kv(v, group))
+    if mask.shape[2] > 1:
+        mask = mask[:, :, None].expand(b, 1, group, nq, k.shape[2]).reshape(b, 1, group * nq, k.shape[2])
+    q = q.reshape(b, k.shape[1], group * nq, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(b, heads, nq, d)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """(n, s, heads·d) -> (n, heads, s, d)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _pack(x: Tensor, b: int) -> Tensor:
+    """(k·b, heads, s, d), sample i of observation i mod b -> (b, heads, k·s, d)."""
+    return x.unflatten(0, (-1, b)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _unpack(x: Tensor, k: int) -> Tensor:
+    """(b, heads, k·s, d) -> (k·b, s, heads·d), the inverse of `_pack` with the heads merged."""
+    return x.unflatten(2, (k, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1).flatten(2)
+
+
+class PaliGemmaWithExpert(nn.Module):
+    """The two transformers under LeRobot's names: PaliGemma for the prefix, a Gemma with AdaRMS for the actions."""
+
+    def __init__(self, config: OFPConfig) -> None:
+        super().__init__()
+        vlm = SMALL_GEMMA.get(config.paligemma_variant) or get_gemma_config(config.paligemma_variant)
+        expert = SMALL_GEMMA.get(config.action_expert_variant) or get_gemma_config(config.action_expert_variant)
+        vlm_config = CONFIG_MAPPING["paligemma"](image_token_index=config.vocab_size)
+        gemma = {"hidden_activation": "gelu_pytorch_tanh", "vocab_size": config.vocab_size, "dtype": "float32"}
+        vlm_config.text_config.update({**gemma, **_gemma_sizes(vlm), "use_adarms": False, "adarms_cond_dim": None})
+        # so400m's own width is 4304; transformers' default for PaliGemma is another.
+        vision = SMALL_SIGLIP.get(config.vision_variant, {"intermediate_size": 4304})
+        vlm_config.vision_config.update(
+            {
+                **vision,
+                "image_size": config.image_resolution[0],
+                "projection_dim": vlm.width,
+                "projector_hidden_act": "gelu_fast",
+                "dtype": "float32",
+            }
+        )
+        expert_config = CONFIG_MAPPING["gemma"](
+            **gemma, **_gemma_sizes(expert), use_adarms=True, adarms_cond_dim=expert.width
+        )
+        self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=vlm_config)
+        self.gemma_expert = PiGemmaForCausalLM(config=expert_config)
+        self.gemma_expert.model.embed_tokens = None
+
+
+def _gemma_sizes(variant: Any) -> dict[str, int]:
+    return {
+        "hidden_size": variant.width,
+        "intermediate_size": variant.mlp_dim,
+        "num_attention_heads": variant.num_heads,
+        "head_dim": variant.head_dim,
+        "num_hidden_layers": variant.depth,
+        "num_key_value_heads": variant.num_kv_heads,
+    }
+
+
+class OFPNetwork(nn.Module):
+    """prefix = encode(images, tokens, token_mask); u = forward(prefix, x_t, t, r, keep, row).
+
+    `forward` is the velocity pass, so that the teacher is torch.func.functional_call(network, its weights, ...).
+    """
+
+    def __init__(self, config: OFPConfig) -> None:
+        super().__init__()
+        self.paligemma_with_expert = PaliGemmaWithExpert(config)
+        width = self.expert.config.hidden_size
+        self.action_in_proj = nn.Linear(config.max_action_dim, width)
+        self.action_out_proj = nn.Linear(width, config.max_action_dim)
+        self.time_mlp_in = nn.Linear(width, width)
+        self.time_mlp_out = nn.Linear(width, width)
+        self.target_time_mlp_in = nn.Linear(width, width)
+        self.target_time_mlp_out = nn.Linear(width, width)
+        self.zero_target_time()
+        self.min_period, self.max_period = config.min_period, config.max_period
+        self.vocab_size = config.vocab_size
+        self.attention: Literal["sdpa", "eager"] = "sdpa"
+        self.gradient_checkpointing = False
+        self._set_precision(config.dtype)
+        self._set_requires_grad(config)
+
+    @property
+    def vlm(self) -> nn.Module:
+        return self.paligemma_with_expert.paligemma.model
+
+    @property
+    def expert(self) -> nn.Module:
+        return self.paligemma_with_expert.gemma_expert.model
+
+    @torch.no_grad()
+    def zero_target_time(self) -> None:
+        """The branch starts silent: the network is π₀.₅, for every t and r."""
+        nn.init.zeros_(self.target_time_mlp_out.weight)
+        nn.init.zeros_(self.target_time_mlp_out.bias)
+
+    def _set_precision(self, dtype: str) -> None:
+        # Parameters only: rounding the rotary frequencies to bfloat16 would shift far positions by whole radians.
+        if dtype == "bfloat16":
+            for name, parameter in self.paligemma_with_expert.named_parameters():
+                if not any(part in name for part in _FLOAT32_IN_BFLOAT16):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+    def _set_requires_grad(self, config: OFPConfig) -> None:
+        paligemma, last = self.paligemma_with_expert.paligemma, self.vlm.language_model.layers[-1]
+        # Nothing reads these; they stay in the state dict and out of the optimiser.
+        unused = [
+            paligemma.lm_head,
+            self.paligemma_with_expert.gemma_expert.lm_head,
+            self.vlm.language_model.norm,
+            last.self_attn.q_proj,
+            last.self_attn.o_proj,
+            last.post_attention_layernorm,
+            last.mlp,
+        ]
+        frozen = [paligemma] if config.train_expert_only else []
+        frozen += [self.vlm.vision_tower] if config.freeze_vision_encoder else []
+        for module in unused + frozen:
+            module.requires_grad_(False)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trades a second forward pass, once per layer, for the activations' memory."""
+        self.gradient_checkpointing = enabled
+        tower = self.vlm.vision_tower
+        if enabled:
+            tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        else:
+            tower.gradient_checkpointing_disable()
+
+    def _maybe_checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    def encode(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
+        """Keys and values of the prefix.
+
+        images (b, cameras, 3, height, width) float32 in [-1, 1], present cameras only; tokens (b, text) long;
+        token_mask (b, text) bool, False at padding. The prefix attends to itself in both directions.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            b = len(images)
+            embed = self.vlm.language_model.embed_tokens
+            patches = self._embed_images(images.flatten(0, 1))
+            hidden = torch.cat([patches.reshape(b, -1, patches.shape[-1]), embed(tokens)], dim=1)
+            mask = token_mask.new_ones(b, hidden.shape[1], dtype=torch.bool)
+            mask[:, -tokens.shape[1] :] = token_mask
+            position = torch.cumsum(mask, dim=1) - 1
+            cos, sin = self.vlm.language_model.rotary_emb(hidden, position)
+            *layers, last = self.vlm.language_model.layers
+            keys, values = [], []
+            for layer in layers:
+                hidden, k, v = self._maybe_checkpoint(self._prefix_layer, layer, hidden, mask, cos, sin)
+                keys.append(k)
+                values.append(v)
+            k, v = self._maybe_checkpoint(self._prefix_keys, last, hidden, cos, sin)
+            return Prefix((*keys, k), (*values, v), mask)
+
+    def _embed_images(self, images: Tensor) -> Tensor:
+        """All cameras at once: (b·cameras, 3, height, width) -> (b·cameras, patches, width)."""
+        tower, projector = self.vlm.vision_tower.vision_model, self.vlm.multi_modal_projector
+        patches = tower.embeddings(images).to(tower.post_layernorm.weight.dtype)
+        return projector(tower.post_layernorm(tower.encoder(inputs_embeds=patches).last_hidden_state))
+
+    def _prefix_keys(self, layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        normed, _ = layer.input_layernorm(hidden)
+        k, v = (_heads(p(normed), layer.self_attn.head_dim) for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+        k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+        return k, v
+
+    def _prefix_layer(
+        self, layer: nn.Module, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attention = layer.self_attn
+        normed, _ = layer.input_layernorm(hidden)
+        q, k, v = (_heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        attended = attend(q, k, v, mask[:, None, None], attention.scaling, self.attention)
+        hidden = hidden + attention.o_proj(attended.transpose(1, 2).flatten(2))
+        normed, _ = layer.post_attention_layernorm(hidden)
+        return hidden + layer.mlp(normed), k, v
+
+    def forward(
+        self,
+        prefix: Prefix,
+        x_t: Tensor,
+        t: Tensor,
+        r: Tensor,
+        keep: Tensor | None = None,
+        row: Tensor | None = None,
+    ) -> Tensor:
+        """Average velocity over [r, t]: (n, s, action_dim) float32, see flow_map.path.Velocity for the arguments.
+
+        A sample that sees no condition counts its positions from 0.
+        """
+        with torch.autocast(x_t.device.type, enabled=False):
+            n, s = x_t.shape[:2]
+            if row is not None:
+                prefix = prefix.rows(row)
+            b, length = prefix.mask.shape
+            if n % b:
+                raise ValueError(f"{n} samples cannot share {b} observations evenly: pass `row`")
+            k = n // b
+            visible = prefix.mask.repeat(k, 1)
+            if keep is not None:
+                visible = visible & keep[:, None]
+            position = visible.sum(dim=1, keepdim=True) + torch.arange(s, device=x_t.device)
+            # Queries of all draws of an observation in one sequence; each sees the prefix and its own draw.
+            seen = visible.view(k, b, 1, length).transpose(0, 1).expand(b, k, s, length).reshape(b, k * s, length)
+            own = torch.eye(k, dtype=torch.bool, device=x_t.device).repeat_interleave(s, 0).repeat_interleave(s, 1)
+            mask = torch.cat([seen, own.expand(b, -1, -1)], dim=2)[:, None]
+
+            cond = self.condition(t, r)
+            hidden = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+            hidden = hidden.to(self.expert.layers[0].mlp.up_proj.weight.dtype)
+            cos, sin = self.expert.rotary_emb(hidden, position)
+            for layer, keys, values in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
+                hidden = self._maybe_checkpoint(
+                    self._suffix_layer, layer, hidden, cond, keys, values, mask, cos, sin
+                )
+            hidden, _ = self.expert.norm(hidden, cond)
+            return self.action_out_proj(hidden.to(self.action_out_proj.weight.dtype)).float()
+
+    def condition(self, t: Tensor, r: Tensor) -> Tensor:
+        """AdaRMS condition (n, width): π₀.₅'s time MLP of t plus the target-time branch of t − r, then SiLU."""
+        hidden = self.time_mlp_out(F.silu(self.time_mlp_in(self._embed_time(t))))
+        hidden = hidden + self.target_time_mlp_out(F.silu(self.target_time_mlp_in(self._embed_time(t - r))))
+        return F.silu(hidden)
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        width = self.action_in_proj.out_features
+        return create_sinusoidal_pos_embedding(t, width, self.min_period, self.max_period, device=t.device).to(t.dtype)
+
+    def _suffix_layer(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        cond: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        attention, b = layer.self_attn, len(keys)
+        normed, gate = _ada_norm(layer.input_layernorm, hidden, cond)
+        q, k, v = (_heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        q, k, v = (_pack(x, b) for x in (q, k, v))
+        attended = attend(
+            q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask, attention.scaling, self.attention
+        )
+        hidden = hidden + attention.o_proj(_unpack(attended, len(hidden) // b)) * gate
+        normed, gate = _ada_norm(layer.post_attention_layernorm, hidden, cond)
+        return hidden + layer.mlp(normed) * gate
+
+
+def _ada_norm(norm: PiGemmaRMSNorm, hidden: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+    normed, gate = norm(hidden, cond=cond)
+    if gate is None:
+        raise TypeError("the action expert's norms must be adaptive")
+    return normed, gate

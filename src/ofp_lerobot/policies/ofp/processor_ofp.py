@@ -1,0 +1,80 @@
+"""Pre- and post-processing of the `ofp` policy: π₀.₅'s steps, with the tokenizer a setting."""
+
+from typing import Any
+
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
+from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
+    PolicyAction,
+    PolicyProcessorPipeline,
+    RelativeActionsProcessorStep,
+    TokenizerProcessorStep,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+
+from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
+
+
+def make_ofp_pre_post_processors(
+    config: OFPConfig,
+    dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[PolicyAction, PolicyAction]]:
+    """Rename, batch, relative actions, quantile normalisation, prompt with the state, tokens, device; and back.
+
+    Raises ValueError where `dataset_stats` lack what the normalisation needs (q01 and q99 for π₀.₅'s quantiles).
+    """
+    check_statistics(config, dataset_stats)
+    relative = RelativeActionsProcessorStep(
+        enabled=config.use_relative_actions,
+        exclude_joints=config.relative_exclude_joints,
+        action_names=config.action_feature_names,
+    )
+    steps = make_default_policy_processor_steps(config, dataset_stats)
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            relative,
+            steps.normalize,  # before the prompt, which holds the normalised state in 256 bins
+            Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
+            TokenizerProcessorStep(
+                tokenizer_name=config.tokenizer_name or PALIGEMMA_TOKENIZER,
+                max_length=config.tokenizer_max_length or TOKENIZER_MAX_LENGTH,
+                padding_side="right",
+                padding="max_length",
+            ),
+            steps.to_device,
+        ],
+        output_steps=[
+            steps.unnormalize,
+            AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative),
+            steps.to_cpu,
+        ],
+    )
+
+
+_STATISTICS = {
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+}
+
+
+def check_statistics(config: OFPConfig, stats: dict[str, dict[str, torch.Tensor]] | None) -> None:
+    """Raises ValueError where the statistics of a dataset (None: not known yet) lack what the normalisation needs."""
+    if stats is None:
+        return
+    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        mode = config.normalization_mapping.get(feature.type)
+        missing = [name for name in _STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
+        if mode is not None and missing:
+            raise ValueError(
+                f"the dataset has no {' and '.join(missing)} statistics for {key!r}, which normalization_mapping "
+                f"{feature.type.value}={mode.value} needs: compute them once with LeRobot's "
+                "`python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=<dataset>`, or set "
+                "--policy.normalization_mapping to what the dataset has"
+            )

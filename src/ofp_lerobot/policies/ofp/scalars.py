@@ -1,0 +1,27 @@
+"""Logging without waiting for the GPU."""
+
+import torch
+from torch import Tensor
+
+
+class LaggingScalars:
+    """Reads device scalars as Python numbers, on a GPU one call late, so that reading never stalls the device.
+
+    The first call waits. All calls must give the same names.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        values = torch.stack([v.detach().float() for v in scalars.values()])
+        if values.device.type != "cuda":
+            return dict(zip(scalars, values.tolist(), strict=True))
+        host = torch.empty(values.shape, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, done = self._pending or (host, event)
+        self._pending = (host, event)
+        done.synchronize()
+        return dict(zip(scalars, previous.tolist(), strict=True))

@@ -1,0 +1,173 @@
+"""Weights in: strict loading of `pi05` and `ofp` checkpoints, from a directory or the Hub.
+
+LeRobot's own `PI05Policy.from_pretrained` goes on with random weights when loading fails, and ignores revision,
+token and cache_dir. Here anything missing or unexpected beyond the target-time branch is an error.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .configuration_ofp import OFPConfig
+from .network import NEW_PARAMETERS
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "model."  # LeRobot's policy holds the network as `model`; openpi's checkpoints lack the prefix
+_HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
+_EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+# Settings a checkpoint was trained with; another value runs, but is rarely meant.
+_INHERITED = (
+    "chunk_size",
+    "image_resolution",
+    "use_relative_actions",
+    "relative_exclude_joints",
+    "min_period",
+    "max_period",
+    "normalization_mapping",
+)
+
+
+def find_file(source: str | Path, filename: str, **hub: Any) -> Path | None:
+    """`filename` of a checkpoint directory or Hub repository (`hub`: revision, token, cache_dir, ...), None if absent.
+
+    Raises FileNotFoundError where `source` does not exist or cannot be reached.
+    """
+    directory = Path(source)
+    if directory.is_dir():
+        return directory / filename if (directory / filename).is_file() else None
+    if directory.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+        raise FileNotFoundError(f"pretrained_path {str(source)!r} is not a directory")
+    try:
+        return Path(hf_hub_download(repo_id=str(source), filename=filename, **hub))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"pretrained_path {str(source)!r} is neither a directory nor a Hub repository that can be reached: {error}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+
+
+def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """The checkpoint's config.json as it stands.
+
+    Raises ValueError where the checkpoint is neither `pi05` nor `ofp`.
+    """
+    path = find_file(source, CONFIG_NAME, **hub)
+    if path is None:
+        raise ValueError(f"{source} has no {CONFIG_NAME}: set --policy.pretrained_path to a LeRobot checkpoint")
+    config = json.loads(path.read_text())
+    kind = config.get("type")
+    if kind not in ("pi05", "ofp"):
+        raise ValueError(
+            f"{source} is a {kind!r} checkpoint; policy type 'ofp' starts from 'pi05' or 'ofp' ones: "
+            "set --policy.pretrained_path to one of these, for example lerobot/pi05_base"
+        )
+    return config
+
+
+def warn_of_differences(config: OFPConfig, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Logs each setting in which this run differs from what a π₀.₅ checkpoint was trained with.
+
+    LeRobot takes no setting from the checkpoint when the type is given on the command line.
+    """
+    ours = json.loads(json.dumps({name: _plain(getattr(config, name)) for name in _INHERITED}))
+    for name in _INHERITED:
+        if name in checkpoint and checkpoint[name] != ours[name]:
+            logger.warning(
+                "%s was trained with %s=%s, this run uses %s: add --policy.%s=%s to keep it",
+                source,
+                name,
+                checkpoint[name],
+                ours[name],
+                name,
+                checkpoint[name],
+            )
+
+
+def _plain(value: Any) -> Any:
+    return {k: getattr(v, "value", v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def check_tokenizer(config: OFPConfig, source: str | Path, **hub: Any) -> None:
+    """Raises ValueError where tokenizer settings were given that the checkpoint's own processors contradict.
+
+    LeRobot loads the processors with the checkpoint, so such a setting would have no effect.
+    """
+    wanted = {"tokenizer_name": config.tokenizer_name, "max_length": config.tokenizer_max_length}
+    if not any(wanted.values()):
+        return
+    filename = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    path = find_file(source, filename, **hub)
+    steps = json.loads(path.read_text())["steps"] if path is not None else []
+    for step in steps:
+        if step.get("registry_name") != "tokenizer_processor":
+            continue
+        for name, value in wanted.items():
+            found = step["config"].get(name)
+            if value is not None and found != value:
+                raise ValueError(
+                    f"{'--policy.tokenizer_max_length' if name == 'max_length' else '--policy.tokenizer_name'}={value} "
+                    f"has no effect: LeRobot takes the tokenizer from the checkpoint, whose {filename} says "
+                    f"{name}={found!r}. Drop the setting, or edit {filename} in a local copy of {source} and start "
+                    "from that copy"
+                )
+
+
+def load_state_dict(source: str | Path, **hub: Any) -> dict[str, Tensor]:
+    """A checkpoint's weights under LeRobot's names, on the CPU.
+
+    Raises FileNotFoundError where there is no model.safetensors, ValueError where it is damaged.
+    """
+    path = find_file(source, SAFETENSORS_SINGLE_FILE, **hub)
+    if path is None:
+        raise FileNotFoundError(f"{source} has no {SAFETENSORS_SINGLE_FILE}: set --policy.pretrained_path")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
+    state = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in state.items()}
+    # openpi ties the two and stores one of them.
+    if _EMBEDDING not in state and _HEAD in state:
+        state[_EMBEDDING] = state[_HEAD]
+    elif _HEAD not in state and _EMBEDDING in state:
+        state[_HEAD] = state[_EMBEDDING]
+    return state
+
+
+def load_weights(policy: nn.Module, state: dict[str, Tensor], source: str | Path, *, new: bool) -> None:
+    """Loads `state` into the policy. `new`: the target-time branch may be missing (a π₀.₅ checkpoint).
+
+    Raises ValueError on any other missing, unexpected or misshapen weight, before anything is changed.
+    """
+    own = policy.state_dict()
+    allowed = {PREFIX + name for name in NEW_PARAMETERS} if new else set()
+    missing = sorted(own.keys() - state.keys() - allowed)
+    unexpected = sorted(state.keys() - own.keys())
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(problems.values()):
+        told = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise ValueError(
+            f"the weights of {source} do not fit this policy ({told}). Check --policy.pretrained_path, and that "
+            "paligemma_variant, action_expert_variant, vision_variant, max_action_dim, image_resolution and "
+            "vocab_size are the checkpoint's"
+        )
+    policy.load_state_dict(state, strict=False)

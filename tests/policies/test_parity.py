@@ -1,0 +1,99 @@
+"""Against stock LeRobot `PI05Policy` with the same weights: what the policy must be until it is trained."""
+
+import pytest
+import torch
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(1)
+    ofp = small.ofp_policy(branch=0.0)
+    return ofp, small.stock_policy(ofp)
+
+
+def stock_inputs(stock, batch):
+    images, masks = stock._preprocess_images(batch)
+    return images, masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+
+
+def stock_velocity(stock, batch, x, t):
+    """Velocity out of stock's training pass: it returns (v − u)², elementwise, so feed u = 0."""
+    captured = {}
+    hook = stock.model.action_out_proj.register_forward_hook(lambda _m, _i, out: captured.update(v=out))
+    # x_t = t·noise + (1 − t)·actions with noise = actions = x is x.
+    stock.model.forward(*stock_inputs(stock, batch), x, x, t)
+    hook.remove()
+    return captured["v"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("cameras", [small.CAMERAS, small.CAMERAS[:1]])
+def test_velocity_at_r_equal_t(pair, attention, cameras):
+    ofp, stock = pair
+    ofp.model.attention = attention
+    batch = small.batch(3, cameras=cameras, seed=2)
+    x = torch.randn(3, small.HORIZON, 8)
+    with torch.no_grad():
+        prefix = ofp.model.encode(*ofp._prepare_observation(batch))
+        for t in (torch.tensor([0.0, 0.3, 1.0]), torch.rand(3)):
+            ours = ofp.model(prefix, x, t, t)
+            theirs = stock_velocity(stock, batch, x, t)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            # The branch is silent: until trained, every target time gives the same.
+            torch.testing.assert_close(ofp.model(prefix, x, t, t * 0.4), ours, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("cameras", [small.CAMERAS, small.CAMERAS[1:]])
+def test_ten_step_actions(pair, cameras):
+    ofp, stock = pair
+    ofp.config.num_inference_steps, ofp.config.sampler = 10, "euler"
+    batch = small.batch(2, cameras=cameras, seed=3)
+    noise = torch.randn(2, small.HORIZON, 8)
+    with torch.no_grad():
+        theirs = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=10)
+    ours = ofp.predict_action_chunk(batch, noise=noise)
+    torch.testing.assert_close(ours, theirs[..., : small.ACTIONS], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flow_matching_loss_and_gradients(pair, checkpointing):
+    _, stock = pair
+    ofp = small.ofp_policy(objective="flow_matching", gradient_checkpointing=checkpointing, monitor_freq=0)
+    ofp.load_state_dict(stock.state_dict(), strict=False)
+    batch = small.batch(3, seed=4)
+    drawn = {}
+
+    def record(module, args, _output):
+        drawn.update(x=args[1], t=args[2])
+
+    hook = ofp.model.register_forward_hook(record)
+    ofp.train()
+    loss, logs = ofp(batch)
+    loss.backward()
+    hook.remove()
+    assert logs["loss"] == pytest.approx(loss.item())
+
+    t, actions = drawn["t"], torch.nn.functional.pad(batch[ACTION], (0, 3))
+    noise = (drawn["x"] - (1 - t)[:, None, None] * actions) / t[:, None, None]
+    stock.model.sample_noise, stock.model.sample_time = lambda *_: noise, lambda *_: t
+    stock.train()
+    theirs, _ = stock(batch)
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+    stock_gradients = {n: p.grad for n, p in stock.named_parameters()}
+    compared = 0
+    for name, parameter in ofp.named_parameters():
+        if "target_time" in name:
+            continue
+        expected = stock_gradients[name]
+        if parameter.grad is None:  # what nothing reads: stock has no gradient there either
+            assert expected is None or expected.abs().max() == 0, name
+            continue
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4, msg=name)
+        compared += 1
+    assert compared > 40
+    assert ofp.model.vlm.vision_tower.vision_model.embeddings.patch_embedding.weight.grad.abs().max() > 0
+    stock.zero_grad()

@@ -1,0 +1,118 @@
+"""Small real things the tests share: an `ofp` policy, a batch, and stock LeRobot π₀.₅ of the same size."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from transformers.models.auto import CONFIG_MAPPING
+
+from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+
+CAMERAS = ("observation.images.top", "observation.images.wrist")
+SIZE, ACTIONS, HORIZON, TEXT, VOCABULARY = 32, 5, 8, 12, 512
+
+
+def features(cameras=CAMERAS):
+    inputs = {key: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for key in cameras}
+    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (4,))
+    return {"input_features": inputs, "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (ACTIONS,))}}
+
+
+def common(**changes):
+    return {
+        "device": "cpu",
+        "image_resolution": (SIZE, SIZE),
+        "chunk_size": HORIZON,
+        "n_action_steps": 4,
+        "max_action_dim": 8,
+        "max_state_dim": 8,
+        **features(),
+        **changes,
+    }
+
+
+def ofp_config(**changes):
+    sizes = {
+        "paligemma_variant": "gemma_tiny",
+        "action_expert_variant": "gemma_tiny",
+        "vision_variant": "siglip_tiny",
+        "vocab_size": VOCABULARY,
+    }
+    return OFPConfig(**common(**{**sizes, **changes}))
+
+
+def ofp_policy(*, branch=0.0, **changes):
+    """A small policy; `branch`: standard deviation of the target-time branch's output, zero at the start of training."""
+    policy = OFPPolicy(ofp_config(**changes))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():  # AdaRMS starts silent too: give every path a say
+            if "layernorm.dense" in name or "norm.dense" in name:
+                parameter.normal_(std=0.1)
+        policy.model.target_time_mlp_out.weight.normal_(std=branch) if branch else None
+    return policy.eval()
+
+
+def batch(b=2, *, cameras=CAMERAS, text=TEXT, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(TEXT)[None] < torch.tensor([[max(1, text - 3 * i)] for i in range(b)])
+    return {
+        **{key: torch.rand(b, 3, SIZE, SIZE, generator=g) for key in cameras},
+        OBS_STATE: torch.rand(b, 4, generator=g),
+        OBS_LANGUAGE_TOKENS: torch.randint(1, VOCABULARY, (b, TEXT), generator=g),
+        OBS_LANGUAGE_ATTENTION_MASK: mask,
+        ACTION: torch.randn(b, HORIZON, ACTIONS, generator=g),
+    }
+
+
+@contextmanager
+def shrunk_stock(vocabulary=VOCABULARY, gemma="gemma_tiny", vision="siglip_tiny"):
+    """LeRobot's own π₀.₅ code, shrunk from outside: Gemma's sizes, and a vision configuration that keeps its own.
+
+    The vocabulary follows through the two configuration classes that LeRobot asks for.
+    """
+    from lerobot.policies.pi05 import modeling_pi05
+
+    size, siglip = SMALL_GEMMA[gemma], SMALL_SIGLIP[vision]
+
+    class Frozen:
+        def __init__(self, config, values):
+            for name, value in values.items():
+                setattr(config, name, value)
+            kind = type(config)
+            keep = {name: property(lambda _, v=value: v, lambda *_: None) for name, value in values.items()}
+            config.__class__ = type(kind.__name__, (kind,), keep)
+
+    class Mapping:
+        def __getitem__(self, name):
+            def make(**kwargs):
+                if "vocab_size" in kwargs:
+                    kwargs["vocab_size"] = vocabulary
+                config = CONFIG_MAPPING[name](**kwargs)
+                if name == "paligemma":
+                    Frozen(config.vision_config, {**siglip, "projection_dim": size.width})
+                    Frozen(config.text_config, {"vocab_size": vocabulary})
+                    config.text_config.pad_token_id = None
+                return config
+
+            return make
+
+    with (
+        patch.object(modeling_pi05, "get_gemma_config", lambda _: size),
+        patch.object(modeling_pi05, "CONFIG_MAPPING", Mapping()),
+    ):
+        yield
+
+
+def stock_policy(ofp: OFPPolicy, **changes):
+    """Stock `PI05Policy` with the `ofp` policy's weights (its target-time branch left out)."""
+    from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+
+    with shrunk_stock():
+        stock = PI05Policy(PI05Config(**common(**changes)))
+    state = {k: v for k, v in ofp.state_dict().items() if "target_time" not in k}
+    stock.load_state_dict(state, strict=True)
+    return stock.eval()
