@@ -12,3 +12,17 @@ import torch
 def _deterministic():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    from tests import runs
+
+    return runs.make_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    from tests import runs
+
+    return runs.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -13,12 +13,12 @@ from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
-SIZE, ACTIONS, HORIZON, TEXT, VOCABULARY = 32, 5, 8, 12, 512
+SIZE, STATES, ACTIONS, HORIZON, TEXT, VOCABULARY = 32, 5, 5, 8, 12, 512
 
 
 def features(cameras=CAMERAS):
     inputs = {key: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for key in cameras}
-    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (4,))
+    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (STATES,))
     return {"input_features": inputs, "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (ACTIONS,))}}
 
 
@@ -61,7 +61,7 @@ def batch(b=2, *, cameras=CAMERAS, text=TEXT, seed=0):
     mask = torch.arange(TEXT)[None] < torch.tensor([[max(1, text - 3 * i)] for i in range(b)])
     return {
         **{key: torch.rand(b, 3, SIZE, SIZE, generator=g) for key in cameras},
-        OBS_STATE: torch.rand(b, 4, generator=g),
+        OBS_STATE: torch.rand(b, STATES, generator=g),
         OBS_LANGUAGE_TOKENS: torch.randint(1, VOCABULARY, (b, TEXT), generator=g),
         OBS_LANGUAGE_ATTENTION_MASK: mask,
         ACTION: torch.randn(b, HORIZON, ACTIONS, generator=g),

@@ -1,0 +1,287 @@
+"""Checkpoint, processors and episodes in, with an answer in one line where they do not fit each other."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import draccus
+import torch
+from draccus.utils import DecodingError
+from huggingface_hub.errors import HfHubHTTPError
+from lerobot.configs import NormalizationMode
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    PolicyProcessorPipeline,
+    RenameObservationsProcessorStep,
+    UnnormalizerProcessorStep,
+)
+from lerobot.processor.pipeline import ProcessorMigrationError
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE, PRETRAINED_MODEL_DIR
+from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device_available
+from lerobot.utils.import_utils import register_third_party_plugins
+
+from ..policies.ofp import weights
+from ..policies.ofp.configuration_ofp import OFPConfig
+from ..policies.ofp.modeling_ofp import OFPPolicy
+from ..policies.ofp.processor_ofp import _STATISTICS as STATISTICS
+from ..policies.ofp.training_state import load_training_state, state_path
+from .errors import CheckError
+
+HELD_OUT_SHARE = 0.1  # of the episodes, where nothing says what training left out
+
+
+class Checkpoint(NamedTuple):
+    """A policy and what turns dataset items into its batches and its actions into the dataset's."""
+
+    policy: OFPPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+
+    @property
+    def rename_map(self) -> dict[str, str]:
+        """Names in the dataset -> names in the policy."""
+        renames = [s.rename_map for s in self.preprocessor.steps if isinstance(s, RenameObservationsProcessorStep)]
+        return renames[0] if renames else {}
+
+
+# Policy
+
+
+def resolve_source(name: str) -> str | Path:
+    """A Hub id as it is, a directory as a path; a training step's directory stands for the policy in it."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    inner = path / PRETRAINED_MODEL_DIR
+    return inner if inner.is_dir() and not (path / "config.json").is_file() else path
+
+
+def resolve_device(name: str | None) -> str:
+    """Raises CheckError where this machine has no such device; LeRobot would quietly take another."""
+    if name is None:
+        return auto_select_torch_device().type
+    try:
+        device = torch.device(name)
+        there = is_torch_device_available(device.type)
+    except (RuntimeError, ValueError) as error:
+        raise CheckError(f"--device {name}: {error}") from error
+    if there and device.index is not None and device.type == "cuda":
+        there = device.index < torch.cuda.device_count()
+    if not there:
+        raise CheckError(f"--device {name} is not available on this machine (torch {torch.__version__})")
+    return name
+
+
+def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
+    """The checkpoint's configuration as `ofp`'s, and its type.
+
+    A `pi05` checkpoint keeps its sizes and normalisation; what `ofp` does not know of it does not concern inference.
+    """
+    register_third_party_plugins()
+    try:
+        raw = weights.read_config(source)
+    except (ValueError, FileNotFoundError, HfHubHTTPError) as error:
+        raise CheckError(error) from error
+    kind = raw.pop("type")
+    if kind == "pi05":
+        raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
+        raw["tokenizer_max_length"] = None  # the checkpoint's processors know it
+    raw |= {"device": device, "compile_model": False, "pretrained_path": None, "rtc_config": None}
+    try:
+        return draccus.decode(OFPConfig, raw), kind
+    except (DecodingError, ValueError) as error:
+        raise CheckError(f"the configuration of {source} cannot be read: {error}") from error
+
+
+def load_checkpoint(
+    source: str | Path, config: OFPConfig, which: str, rename_map: dict[str, str] | None
+) -> Checkpoint:
+    """Policy with the student's or the teacher's weights, and the checkpoint's own processors."""
+    processors = load_processors(source, config, rename_map)
+    try:
+        policy = _load_adapter(source, config) if config.use_peft else OFPPolicy.from_pretrained(source, config=config)
+    except (ValueError, OSError) as error:
+        raise CheckError(error) from error
+    if which == "teacher":
+        use_teacher(policy, source)
+    return Checkpoint(policy.eval(), *processors)
+
+
+def _load_adapter(source: str | Path, config: OFPConfig) -> OFPPolicy:
+    """The base policy with a PEFT adapter inside."""
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(str(source))
+    if not adapter.base_model_name_or_path:
+        raise ValueError(f"the adapter in {source} does not name the policy it was trained on")
+    policy = OFPPolicy.from_pretrained(adapter.base_model_name_or_path, config=config)
+    PeftModel.from_pretrained(policy, str(source), config=adapter)  # changes the policy's modules in place
+    return policy
+
+
+@torch.no_grad()
+def use_teacher(policy: OFPPolicy, source: str | Path) -> None:
+    """Replaces the action expert's weights by their moving average, which training keeps beside the checkpoint."""
+    path = state_path(Path(source))
+    if path is None or not path.is_file():
+        looked = path or f"{source} (not a training run's {PRETRAINED_MODEL_DIR} directory)"
+        raise CheckError(
+            f"--weights teacher: no teacher at {looked}; lerobot-train writes it beside {PRETRAINED_MODEL_DIR}, and "
+            "what is on the Hub has none: use --weights student"
+        )
+    teacher = load_training_state(path).teacher
+    if not teacher:
+        raise CheckError(f"--weights teacher: {path} holds none, the run's objective trains without one")
+    parameters = dict(policy.model.named_parameters())
+    if unknown := sorted(teacher.keys() - parameters.keys()):
+        raise CheckError(f"--weights teacher: {path} belongs to another network (it has {unknown[0]})")
+    for name, weight in teacher.items():
+        parameters[name].copy_(weight)
+
+
+def load_processors(
+    source: str | Path, config: OFPConfig, rename_map: dict[str, str] | None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The checkpoint's own, on this device. Raises CheckError where they would leave something unnormalised."""
+    overrides: dict[str, Any] = {"device_processor": {"device": config.device}}
+    if rename_map is not None:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    try:
+        processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
+    except (OSError, ValueError, KeyError, HfHubHTTPError, ProcessorMigrationError) as error:
+        raise CheckError(f"the processors of {source} cannot be loaded: {error}") from error
+    for pipeline in processors:
+        for step in pipeline.steps:
+            if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep) and (lacking := _lacking(step)):
+                raise CheckError(
+                    f"the processors of {source} lack the statistics {', '.join(lacking)}: save them with the policy "
+                    "as lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the "
+                    "training data where it has no q01 and q99"
+                )
+    return processors
+
+
+def _lacking(step: NormalizerProcessorStep | UnnormalizerProcessorStep) -> list[str]:
+    """Statistics the step needs and has not; LeRobot passes such values through as they are."""
+    stats, found = step.stats or {}, []
+    for key, feature in step.features.items():
+        if isinstance(step, UnnormalizerProcessorStep) and key != ACTION:
+            continue
+        mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+        found += [f"{key}.{name}" for name in STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
+    return found
+
+
+# Data
+
+
+def load_metadata(repo_id: str | None, root: Path | None) -> LeRobotDatasetMetadata:
+    if repo_id is None:
+        assert root is not None
+        if not (root / "meta" / "info.json").is_file():
+            raise CheckError(f"--root {root} is no LeRobotDataset (it has no meta/info.json)")
+        repo_id = f"local/{root.resolve().name}"
+    try:
+        return LeRobotDatasetMetadata(repo_id, root)
+    except (OSError, ValueError, NotImplementedError, HfHubHTTPError) as error:
+        raise CheckError(f"dataset {repo_id} cannot be loaded from {root or 'cache or Hub'}: {error}") from error
+
+
+def training_dataset(source: str | Path) -> dict[str, Any] | None:
+    """The `dataset` section of the checkpoint's training configuration, None where it has none."""
+    path = weights.find_file(source, "train_config.json")
+    return json.loads(path.read_text()).get("dataset") if path is not None else None
+
+
+def trained_episodes(metadata: LeRobotDatasetMetadata, training: dict[str, Any] | None) -> set[int] | None:
+    """The episodes of this dataset that training used, None where that is not known.
+
+    LeRobot holds out the last `eval_split` of each task's episodes.
+    """
+    if training is None or training.get("repo_id") != metadata.repo_id:
+        return None
+    listed = training.get("episodes")
+    episodes = range(metadata.total_episodes) if listed is None else listed
+    split = training.get("eval_split", 0.0)
+    by_task: dict[str, list[int]] = {}
+    for episode in episodes:
+        tasks = metadata.episodes["tasks"][episode]
+        by_task.setdefault(tasks[0] if tasks else "", []).append(episode)
+    return {episode for group in by_task.values() for episode in group[: len(group) - math.ceil(len(group) * split)]}
+
+
+def choose_episodes(
+    metadata: LeRobotDatasetMetadata, wanted: list[int] | None, training: dict[str, Any] | None
+) -> tuple[list[int], str]:
+    """Episodes to check on, and why these."""
+    total = metadata.total_episodes
+    if wanted is not None:
+        if wanted[-1] >= total:
+            raise CheckError(f"--episodes: {metadata.repo_id} has episodes 0 to {total - 1}, not {wanted[-1]}")
+        return wanted, "as asked"
+    trained = trained_episodes(metadata, training)
+    if trained and training and training.get("eval_split"):
+        listed = training.get("episodes") or range(total)
+        return sorted(set(listed) - trained), f"training held them out by eval_split={training['eval_split']}"
+    if total == 0:
+        raise CheckError(f"{metadata.repo_id} has no episodes")
+    return list(range(total - math.ceil(total * HELD_OUT_SHARE), total)), f"the last {HELD_OUT_SHARE:.0%}, by default"
+
+
+def held_out(metadata: LeRobotDatasetMetadata, episodes: list[int], training: dict[str, Any] | None) -> bool | None:
+    """Whether training has seen none of the episodes, None where that is not known."""
+    trained = trained_episodes(metadata, training)
+    return None if trained is None else trained.isdisjoint(episodes)
+
+
+def check_features(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> None:
+    """Raises CheckError where the dataset lacks a camera of the policy, or state or action have another size."""
+    config, rename = checkpoint.policy.config, checkpoint.rename_map
+    found = {rename.get(key, key): feature for key, feature in metadata.features.items()}
+    expected = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+    if missing := [key for key in expected if key not in found]:
+        cameras = list(metadata.camera_keys)
+        example = json.dumps(dict(zip(cameras, missing, strict=False)))
+        raise CheckError(
+            f"the policy's cameras are {expected}, the dataset's {cameras}: name them alike with "
+            f"--rename_map='{example}'"
+        )
+    for key, feature in ((OBS_STATE, config.robot_state_feature), (ACTION, config.action_feature)):
+        if feature is None:
+            continue
+        shape = tuple(found[key]["shape"]) if key in found else None
+        if shape != tuple(feature.shape):
+            there = "is missing in" if shape is None else f"has {shape[0]} dimensions in"
+            raise CheckError(
+                f"{key} {there} {metadata.repo_id}, the policy has {feature.shape[0]}: the policy was not trained on "
+                "data of this kind"
+            )
+
+
+def load_episodes(
+    metadata: LeRobotDatasetMetadata, root: Path | None, config: OFPConfig, episodes: list[int]
+) -> LeRobotDataset:
+    """Items hold the policy's action chunk and `action_is_pad`."""
+    try:
+        return LeRobotDataset(
+            metadata.repo_id,
+            root=root,
+            episodes=episodes,
+            delta_timestamps=resolve_delta_timestamps(config, metadata),
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CheckError(f"episodes of {metadata.repo_id} cannot be loaded: {error}") from error
+
+
+def action_names(metadata: LeRobotDatasetMetadata) -> list[str]:
+    """Names of the action's dimensions, numbers where the dataset has none."""
+    feature = metadata.features[ACTION]
+    names = feature.get("names")
+    if isinstance(names, dict):  # some datasets group them: {"motors": [...]}
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    size = feature["shape"][0]
+    return [str(name) for name in names] if names and len(names) == size else [str(i) for i in range(size)]

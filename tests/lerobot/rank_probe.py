@@ -1,0 +1,62 @@
+"""Run by `accelerate launch`: lerobot-train, and what each rank drew and ended with is written down."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lerobot.scripts import lerobot_train
+from lerobot.utils.import_utils import register_third_party_plugins
+
+from ofp_lerobot.policies.ofp import modeling_ofp
+
+times, policies = [], []
+
+
+def main() -> None:
+    directory = Path(sys.argv.pop(1))
+    register_third_party_plugins()
+    original = modeling_ofp.OFPPolicy.forward
+
+    def forward(self, batch, reduction="mean"):
+        policies[:] = [self]
+        bind, seen = self._bind, []
+
+        def record(prefix):
+            velocity = bind(prefix)
+
+            def recording(x_t, t, r, keep=None, row=None):
+                seen.append(t.detach().clone())
+                return velocity(x_t, t, r, keep, row)
+
+            return recording
+
+        self._bind = record
+        try:
+            return original(self, batch, reduction)
+        finally:
+            self._bind = bind
+            times.append(seen[0])
+
+    modeling_ofp.OFPPolicy.forward = forward
+    end = Accelerator.end_training
+
+    def end_training(self):
+        policy = policies[0]
+        torch.save(
+            {
+                "world": self.num_processes,
+                "times": times,
+                "weights": {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad},
+                "teacher": policy._teacher,
+            },
+            directory / f"rank{self.process_index}.pt",
+        )
+        return end(self)
+
+    Accelerator.end_training = end_training
+    lerobot_train.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""`lerobot-train`, LeRobot's own script, on a small dataset."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
+from tests import runs, small
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(output: Path, step: int):
+    return load_file(runs.checkpoint(output, step) / "model.safetensors")
+
+
+def state(output: Path, step: int):
+    return load_training_state(runs.checkpoint(output, step).parent / "training_state" / FILENAME)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tokenizer, tmp_path_factory):
+    """Four steps, the contraction over after three of six schedule steps, so guidance is on in the last."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    runs.lerobot_train(*runs.train_flags(dataset, output), *runs.policy_flags(tokenizer))
+    return output
+
+
+def test_resumed_equals_uninterrupted(trained, tmp_path):
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    shutil.copytree(trained / "checkpoints" / "000002", output / "checkpoints" / "000002")
+    config = runs.checkpoint(output, 2) / "train_config.json"
+    runs.lerobot_train(f"--config_path={config}", "--resume=true", f"--output_dir={output}")
+    assert_same(weights(output, 4), weights(trained, 4))
+    ours, theirs = state(output, 4), state(trained, 4)
+    assert_same(ours.teacher, theirs.teacher)
+    assert (ours.step, ours.seed) == (theirs.step, theirs.seed) == (4, 7)
+
+
+def test_resume_without_training_state_is_refused(trained, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(trained / "checkpoints" / "000002", output / "checkpoints" / "000002")
+    (output / "checkpoints" / "000002" / "training_state" / FILENAME).unlink()
+    config = runs.checkpoint(output, 2) / "train_config.json"
+    with pytest.raises(FileNotFoundError, match="cannot resume.*teacher"):
+        runs.lerobot_train(f"--config_path={config}", "--resume=true", f"--output_dir={output}")
+
+
+def test_checkpoint_is_single_size(trained):
+    saved = weights(trained, 4)
+    policy = small.ofp_policy()
+    assert saved.keys() == policy.state_dict().keys()
+    teacher = state(trained, 4).teacher
+    trainable = {n for n, p in policy.model.named_parameters() if p.requires_grad and ".paligemma." not in n}
+    assert teacher.keys() == trainable and all(w.dtype == torch.float32 for w in teacher.values())
+
+
+def test_new_run_from_an_ofp_checkpoint_starts_the_schedules_anew(trained, dataset, tmp_path):
+    output, start = tmp_path / "out", runs.checkpoint(trained, 4)
+    runs.lerobot_train(
+        *runs.train_flags(dataset, output, steps=1), f"--policy.path={start}", "--policy.push_to_hub=false"
+    )
+    assert state(output, 1).step == 1
+    moved = [n for n, w in weights(output, 1).items() if not torch.equal(w, weights(trained, 4)[n])]
+    assert any("target_time_mlp" in n for n in moved)
+
+
+@pytest.fixture(scope="module")
+def pi05_checkpoint(trained, tmp_path_factory):
+    """A π₀.₅ checkpoint as stock LeRobot writes it, with the processors of the run."""
+    directory = tmp_path_factory.mktemp("pi05")
+    shutil.copytree(runs.checkpoint(trained, 4), directory, dirs_exist_ok=True)
+    torch.manual_seed(3)
+    stock = small.stock_policy(small.ofp_policy())
+    stock.save_pretrained(directory)
+    return directory
+
+
+def test_start_from_pi05_is_pi05(pi05_checkpoint, caplog):
+    from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+
+    with caplog.at_level(logging.WARNING):
+        policy = OFPPolicy.from_pretrained(
+            pi05_checkpoint, config=small.ofp_config(num_inference_steps=10, sampler="euler", chunk_size=6)
+        )
+    assert "was trained with chunk_size=8, this run uses 6" in caplog.text
+    policy = OFPPolicy.from_pretrained(
+        pi05_checkpoint, config=small.ofp_config(num_inference_steps=10, sampler="euler")
+    )
+    with small.shrunk_stock():
+        stock = PI05Policy.from_pretrained(pi05_checkpoint)
+    batch, noise = small.batch(2, seed=5), torch.randn(2, small.HORIZON, 8)
+    images, masks = stock._preprocess_images(batch)
+    tokens = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
+    with torch.no_grad():
+        theirs = stock.model.sample_actions(images, masks, *tokens, noise=noise, num_steps=10)
+    torch.testing.assert_close(
+        policy.predict_action_chunk(batch, noise=noise), theirs[..., : small.ACTIONS], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_train_from_pi05(pi05_checkpoint, dataset, tmp_path):
+    output = tmp_path / "out"
+    runs.lerobot_train(
+        *runs.train_flags(dataset, output, steps=2),
+        *runs.policy_flags(pretrained_path=pi05_checkpoint, train_expert_only="true"),
+    )
+    before, after = load_file(pi05_checkpoint / "model.safetensors"), weights(output, 2)
+    assert set(after) - set(before) == {
+        f"model.target_time_mlp_{part}.{kind}" for part in ("in", "out") for kind in ("weight", "bias")
+    }
+    for name, value in before.items():
+        if ".paligemma." in name:
+            assert torch.equal(value, after[name]), name
+    assert not torch.equal(before["model.time_mlp_in.weight"], after["model.time_mlp_in.weight"])
+
+
+def test_settings_that_the_checkpoint_overrides_are_refused(pi05_checkpoint, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer_max_length=48 has no effect.*max_length=32"):
+        runs.lerobot_train(
+            *runs.train_flags(dataset, tmp_path / "out"),
+            *runs.policy_flags(pretrained_path=pi05_checkpoint, tokenizer_max_length=48),
+        )
+
+
+def test_rename_map_says_what_to_add_and_then_works(pi05_checkpoint, dataset, tmp_path):
+    rename = json.dumps({small.CAMERAS[0]: "observation.images.base", small.CAMERAS[1]: "observation.images.hand"})
+    flags = [
+        *runs.train_flags(dataset, tmp_path / "out", steps=1),
+        *runs.policy_flags(pretrained_path=pi05_checkpoint),
+        f"--rename_map={rename}",
+    ]
+    with pytest.raises(ValueError, match="observation.images.base.*--policy.input_features=") as caught:
+        runs.lerobot_train(*flags)
+    told = str(caught.value).split("--policy.input_features='")[1].split("'")[0]
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    runs.lerobot_train(*flags, f"--policy.input_features={told}")
+    saved = json.loads((runs.checkpoint(tmp_path / "out", 1) / "config.json").read_text())
+    assert {"observation.images.base", "observation.images.hand", "observation.state"} == set(saved["input_features"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": "true", "freeze_vision_encoder": "true"},
+        {"objective": "flow_matching"},
+        {"use_relative_actions": "true"},
+        {"first_segment": "conditional", "num_noise_draws": 3},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_trains_with(changes, dataset, tokenizer, tmp_path):
+    output = tmp_path / "out"
+    runs.lerobot_train(
+        *runs.train_flags(dataset, output, steps=2, eval_steps=1, **{"dataset.eval_split": 0.34}),
+        *runs.policy_flags(tokenizer, schedule_steps=2, **changes),
+    )
+    saved = weights(output, 2)
+    assert all(torch.isfinite(w).all() for w in saved.values())
+    if "dtype" in changes:
+        layer = "model.paligemma_with_expert.gemma_expert.model.layers.0"
+        assert saved[f"{layer}.mlp.up_proj.weight"].dtype == torch.bfloat16
+        assert saved[f"{layer}.input_layernorm.dense.weight"].dtype == torch.float32
+        assert all(w.dtype == torch.float32 for w in state(output, 2).teacher.values())
+    if "objective" in changes:
+        assert state(output, 2).teacher == {}
+
+
+def test_past_the_schedule_warns(dataset, tokenizer, tmp_path):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("ofp_lerobot").addHandler(handler)  # LeRobot replaces the root logger's handlers, and caplog's
+    try:
+        runs.lerobot_train(
+            *runs.train_flags(dataset, tmp_path / "out", steps=2), *runs.policy_flags(tokenizer, schedule_steps=1)
+        )
+    finally:
+        logging.getLogger("ofp_lerobot").removeHandler(handler)
+    assert len([text for text in told if "past schedule_steps=1" in text]) == 1
+
+
+def test_two_ranks_draw_different_noise_and_agree_on_the_weights(dataset, tokenizer, tmp_path):
+    output = tmp_path / "out"
+    flags = [*runs.train_flags(dataset, output, steps=2), *runs.policy_flags(tokenizer)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["-m", "tests.lerobot.rank_probe", str(tmp_path), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    assert len(first["times"]) == len(second["times"]) == 2
+    for one, other in zip(first["times"], second["times"], strict=True):
+        assert not torch.equal(one, other)
+    assert_same(first["weights"], second["weights"])
+    assert_same(first["teacher"], second["teacher"])
+    assert_same(first["weights"], {n: w for n, w in weights(output, 2).items() if n in first["weights"]})
+
+
+def test_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="does not run under FSDP.*DDP"):
+        OFPPolicy(small.ofp_config())
+
+
+def test_sample_weighting_through_lerobots_update():
+    """Weights (2, 0): the loss that LeRobot optimises is the first sample's."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from lerobot.scripts.lerobot_train import update_policy
+    from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
+
+    class Weighter:
+        def compute_batch_weights(self, batch):
+            return torch.tensor([2.0, 0.0]), {"mean": 1.0}
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    policy, batch = small.ofp_policy(), small.batch(2, seed=6)
+    policy.train()
+    per_sample, _ = policy(batch, reduction="none")
+    policy._calls = 0  # the same noise again
+    mean, _ = policy(batch)
+    assert per_sample.shape == (2,) and mean.item() == pytest.approx(per_sample.mean().item())
+    policy._calls = 0
+    tracker = MetricsTracker(2, 2, 1, {n: AverageMeter(n) for n in ("loss", "grad_norm", "lr", "update_s")})
+    optimizer = torch.optim.SGD(policy.get_optim_params(), lr=0.0)
+    accelerator = Accelerator(cpu=True)
+    update_policy(tracker, policy, batch, optimizer, 0.0, accelerator, sample_weighter=Weighter())
+    assert tracker.loss.val == pytest.approx(per_sample[0].item(), rel=1e-5)
+    assert per_sample[0].item() != pytest.approx(per_sample[1].item(), rel=1e-3)

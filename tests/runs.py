@@ -1,0 +1,127 @@
+"""A small dataset, a tokenizer, and LeRobot's real entry points run in this process."""
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from lerobot.utils.import_utils import register_third_party_plugins
+
+from tests import small
+
+REPO = "local/tiny"
+
+
+def make_dataset(root: Path, episodes: int = 3, length: int = 14, cameras=small.CAMERAS, seed: int = 0) -> Path:
+    from lerobot.datasets import LeRobotDataset
+
+    shape = (small.SIZE, small.SIZE, 3)
+    features = {key: {"dtype": "image", "shape": shape, "names": ["height", "width", "channels"]} for key in cameras}
+    names = [f"j{i}.pos" for i in range(small.ACTIONS - 1)] + ["gripper.pos"]
+    features["observation.state"] = {"dtype": "float32", "shape": (small.STATES,), "names": names}
+    features["action"] = {"dtype": "float32", "shape": (small.ACTIONS,), "names": names}
+    dataset = LeRobotDataset.create(REPO, fps=10, features=features, root=root, use_videos=False)
+    rng = np.random.default_rng(seed)
+    for _ in range(episodes):
+        for _ in range(length):
+            frame = {key: rng.integers(0, 255, shape, dtype=np.uint8) for key in cameras}
+            frame["observation.state"] = rng.normal(size=small.STATES).astype(np.float32)
+            frame["action"] = rng.normal(size=small.ACTIONS).astype(np.float32)
+            dataset.add_frame({**frame, "task": "open the window"})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+def make_tokenizer(directory: Path) -> Path:
+    """Words and numbers of the prompts, in `small.VOCABULARY` entries."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "Task", "State", "Action", ":", ",", ";", "open", "the", "window", "-"]
+    vocabulary = {word: i for i, word in enumerate(words + [str(i) for i in range(257)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(directory)
+    return directory
+
+
+def policy_flags(tokenizer: Path | None = None, **changes) -> list[str]:
+    flags = {
+        "type": "ofp",
+        "paligemma_variant": "gemma_tiny",
+        "action_expert_variant": "gemma_tiny",
+        "vision_variant": "siglip_tiny",
+        "vocab_size": small.VOCABULARY,
+        "image_resolution": f"[{small.SIZE},{small.SIZE}]",
+        "device": "cpu",
+        "chunk_size": small.HORIZON,
+        "n_action_steps": 4,
+        "max_action_dim": 8,
+        "push_to_hub": "false",
+        "schedule_steps": 6,
+        **({"tokenizer_name": tokenizer, "tokenizer_max_length": 32} if tokenizer else {}),
+        **changes,
+    }
+    return [f"--policy.{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def train_flags(dataset: Path, output: Path, **changes) -> list[str]:
+    flags = {
+        "dataset.repo_id": REPO,
+        "dataset.root": dataset,
+        "output_dir": output,
+        "batch_size": 2,
+        "steps": 4,
+        "save_freq": 2,
+        "log_freq": 1,
+        "num_workers": 0,
+        "seed": 7,
+        "env_eval_freq": 0,
+        "wandb.enable": "false",
+        **changes,
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def lerobot_train(*flags) -> None:
+    """`lerobot-train` with these flags, in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+    from lerobot.scripts import lerobot_train as script
+
+    register_third_party_plugins()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with patch.object(sys, "argv", ["lerobot-train", *map(str, flags)]):
+        script.train()
+
+
+def checkpoint(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"{step:06d}" / "pretrained_model"
+
+
+def ofp_checkpoint(directory: Path, dataset: Path, tokenizer: Path, *, branch: float = 0.5, **changes) -> Path:
+    """A checkpoint as a run leaves it, without the run: random weights, the dataset's statistics."""
+    policy = small.ofp_policy(
+        branch=branch, tokenizer_name=str(tokenizer), tokenizer_max_length=32, push_to_hub=False, **changes
+    )
+    policy.save_pretrained(directory)
+    return _add_processors(directory, dataset, policy.config)
+
+
+def pi05_checkpoint(directory: Path, dataset: Path, tokenizer: Path) -> Path:
+    """A π₀.₅ checkpoint as stock LeRobot writes it, small."""
+    policy = small.ofp_policy(tokenizer_name=str(tokenizer), tokenizer_max_length=32)
+    small.stock_policy(policy).save_pretrained(directory)
+    return _add_processors(directory, dataset, policy.config)
+
+
+def _add_processors(directory: Path, dataset: Path, config) -> Path:
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    from ofp_lerobot.policies.ofp.processor_ofp import make_ofp_pre_post_processors
+
+    stats = LeRobotDatasetMetadata(REPO, root=dataset).stats
+    for pipeline in make_ofp_pre_post_processors(config, stats):
+        pipeline.save_pretrained(directory)
+    return directory
