@@ -161,9 +161,7 @@ def train(
         observations = draw_observations(batch, generator)
         actions = draw_chunks(observations, generator)
         teacher = teacher_velocity(network, average, observations)
-        losses = compute(
-            partial(network, observations), teacher, actions, mask, settings, step / steps, generator
-        )
+        losses = compute(partial(network, observations), teacher, actions, mask, settings, step / steps, generator)
         optimizer.param_groups[0]["lr"] = learning_rate * min(
             (step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2
         )
@@ -233,9 +231,7 @@ def run_seed(seed: int, args: argparse.Namespace, settings: Settings) -> dict[Ca
     torch.manual_seed(seed)
     judge, network = Judge(seed), Network(args.width)
     initial = {name: w.clone() for name, w in network.state_dict().items()}
-    train(
-        network, BASE, settings, steps=args.base_steps, batch=args.batch, learning_rate=args.base_lr, seed=2 * seed
-    )
+    train(network, BASE, settings, steps=args.base_steps, batch=args.batch, learning_rate=args.base_lr, seed=2 * seed)
     trained = {name: w.clone() for name, w in network.state_dict().items()}
     results = {Case("data", "", 0, "euler"): judge.floor}
     results |= {case: judge(network, case.steps, case.sampler) for case in cases(BASE, "scratch")}
@@ -315,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = summarise([run_seed(seed, args, settings) for seed in tqdm(range(args.seeds), desc="seeds")])
     checks = bars(rows)
 
-    print(f"{'objective':<15}{'start':<15}{'steps':>5} {'sampler':<9}{'ED':>9}{'± seeds':>9}{'accuracy':>10}{'entropy':>9}")
+    columns = f"{'objective':<15}{'start':<15}{'steps':>5} {'sampler':<9}"
+    print(f"{columns}{'ED':>9}{'± seeds':>9}{'accuracy':>10}{'entropy':>9}")
     for row in rows:
         print(
             f"{row['objective']:<15}{row['start']:<15}{row['steps']:>5} {row['sampler']:<9}"

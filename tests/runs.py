@@ -52,7 +52,7 @@ def policy_flags(tokenizer: Path | None = None, **changes) -> list[str]:
         "paligemma_variant": "gemma_tiny",
         "action_expert_variant": "gemma_tiny",
         "vision_variant": "siglip_tiny",
-        "vocab_size": small.VOCABULARY,
+        "vocabulary_size": small.VOCABULARY,
         "image_resolution": f"[{small.SIZE},{small.SIZE}]",
         "device": "cpu",
         "chunk_size": small.HORIZON,

@@ -40,13 +40,13 @@ def ofp_config(**changes):
         "paligemma_variant": "gemma_tiny",
         "action_expert_variant": "gemma_tiny",
         "vision_variant": "siglip_tiny",
-        "vocab_size": VOCABULARY,
+        "vocabulary_size": VOCABULARY,
     }
     return OFPConfig(**common(**{**sizes, **changes}))
 
 
 def ofp_policy(*, branch=0.0, **changes):
-    """A small policy; `branch`: standard deviation of the target-time branch's output, zero at the start of training."""
+    """A small policy; `branch`: standard deviation of the target-time branch's weights, zero when training starts."""
     policy = OFPPolicy(ofp_config(**changes))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():  # AdaRMS starts silent too: give every path a say

@@ -1,12 +1,15 @@
-"""A MetaWorld task set up as by LeRobot's `MetaworldEnv`, which renders every step; here frames are drawn on request.
+"""MetaWorld tasks as LeRobot's `MetaworldEnv` sets them up, without its rendering of every step.
 
-Rendering needs OpenGL without a display. MuJoCo reads `MUJOCO_GL` when it is imported, so `usable_backend` tries the
-candidates in processes of their own and the result belongs into the environment before this module's users start.
+Rendering needs OpenGL without a display. MuJoCo reads MUJOCO_GL when it is imported, so `usable_backend` tries the
+candidates in processes of their own, and its answer belongs into the environment before anything imports MuJoCo.
 """
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.resources import files
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -15,10 +18,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import mujoco
 
-STATE_DIM = 4  # hand position and gripper opening, the state of LeRobot's `MetaworldEnv`
+STATE_DIM = 4  # hand position and gripper opening
 ACTION_DIM = 4  # hand displacement and gripper effort, each in [-1, 1]
-CONTROL_RATE = 80  # steps a second, LeRobot's `render_fps`
+CONTROL_RATE = 80  # steps a second
 
+_TURNED_CAMERA = "corner2"  # upside down in MetaWorld; LeRobot turns it and moves it closer
 _PROBE = """
 import mujoco
 model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><geom size="1"/></worldbody></mujoco>')
@@ -26,51 +30,63 @@ data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 with mujoco.Renderer(model, 64, 64) as renderer:
     renderer.update_scene(data)
-    assert renderer.render().any()
+    assert renderer.render().any(), "the picture is black"
 """
-_INSTALL = (
-    "MuJoCo cannot draw without a display: no OpenGL backend works on this machine.\n"
-    "On Debian or Ubuntu install EGL with `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, or the slower OSMesa "
-    "with `apt-get install libosmesa6`.\nWhat was tried:\n"
-)
+_INSTALL = """MuJoCo cannot draw without a display: no OpenGL backend works on this machine.
+Debian, Ubuntu: `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri` (EGL), or `apt-get install libosmesa6` (slower).
+What was tried:
+"""
 
 
 def usable_backend() -> str:
-    """The first value of MUJOCO_GL that draws here: the one already set, else EGL, else OSMesa (software).
+    """The value of MUJOCO_GL to use: the one already set, else EGL, else OSMesa, whichever draws first.
 
     Raises RuntimeError with what to install where none does.
     """
     chosen = os.environ.get("MUJOCO_GL")
-    candidates = [chosen] if chosen is not None else (["egl", "osmesa"] if sys.platform == "linux" else [""])
+    candidates = [chosen] if chosen is not None else ["egl", "osmesa"] if sys.platform == "linux" else [""]
     failures = []
     for name in candidates:
-        run = subprocess.run(
+        probe = subprocess.run(
             [sys.executable, "-c", _PROBE], env={**os.environ, "MUJOCO_GL": name}, capture_output=True, text=True
         )
-        if run.returncode == 0:
+        if probe.returncode == 0:
             return name
-        reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
         failures.append(f"  MUJOCO_GL={name or '(unset)'}: {reason}")
     raise RuntimeError(_INSTALL + "\n".join(failures))
+
+
+def description(task: str) -> str:
+    """The task in LeRobot's words, a policy's prompt. Raises KeyError for an unknown task."""
+    return json.loads((files("lerobot") / "envs/metaworld_config.json").read_text())["TASK_DESCRIPTIONS"][task]
+
+
+def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """MetaWorld's scripted expert: raw observation -> action in [-1, 1]."""
+    from metaworld.policies import ENV_POLICY_MAP
+
+    policy = ENV_POLICY_MAP[task]()
+    return lambda raw: np.clip(policy.get_action(raw), -1, 1).astype(np.float64)
 
 
 class Simulator:
     """One MetaWorld task. Raw observations are MetaWorld's (39,); a policy sees `state_of(raw)` and `render()`."""
 
-    def __init__(self, task: str, camera: str = "corner2") -> None:
-        """task: MetaWorld's name, such as "window-open-v3". Raises KeyError for an unknown one."""
-        from lerobot.envs.metaworld import MetaworldEnv
+    def __init__(self, task: str, camera: str = _TURNED_CAMERA) -> None:
+        """task: MetaWorld's name, such as "window-open-v3"."""
+        import metaworld
 
         self.task, self.camera = task, camera
-        self._lerobot = MetaworldEnv(task, camera_name=camera)
-        self._lerobot._ensure_env()
-        self._env = self._lerobot._env
+        benchmark = metaworld.MT1(task, seed=42)
+        self._env = benchmark.train_classes[task]()
+        self._env.set_task(benchmark.train_tasks[0])
+        if camera == _TURNED_CAMERA:
+            self._env.model.cam_pos[2] = [0.75, 0.075, 0.7]
+        self._env.reset()
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
         self._renderers: dict[int, mujoco.Renderer] = {}
-
-    @property
-    def description(self) -> str:
-        """The task in words, the policy's prompt."""
-        return self._lerobot.task_description
 
     def reset(self, seed: int) -> NDArray[np.float64]:
         """The raw observation of the start that `seed` draws."""
@@ -82,21 +98,20 @@ class Simulator:
         raw, _, _, _, info = self._env.step(np.clip(action, -1, 1))
         return raw, bool(info["success"])
 
-    def render(self, size: int = 64) -> NDArray[np.uint8]:
+    def render(self, size: int) -> NDArray[np.uint8]:
         """What the camera sees, (size, size, 3)."""
         if size not in self._renderers:
             self._renderers[size] = self._make_renderer(size)
         renderer = self._renderers[size]
         renderer.update_scene(self._env.data, camera=self.camera)
         image = renderer.render()
-        # LeRobot turns this camera's picture upright.
-        return np.ascontiguousarray(image[::-1, ::-1] if self.camera == "corner2" else image)
+        return np.ascontiguousarray(image[::-1, ::-1] if self.camera == _TURNED_CAMERA else image)
 
     def _make_renderer(self, size: int) -> "mujoco.Renderer":
         import mujoco
 
-        model = self._env.model
         # Shadows and multisampling cost more than everything else together where a CPU draws.
+        model = self._env.model
         model.vis.quality.offsamples = 0
         model.vis.quality.shadowsize = 0
         renderer = mujoco.Renderer(model, size, size)
@@ -108,7 +123,6 @@ class Simulator:
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
-        self._lerobot.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """A tokenizer small enough for a quickstart: one token for each word, number and punctuation mark of the prompts.
 
 PaliGemma's own is gated on the Hub. This one loads offline through LeRobot's `TokenizerProcessorStep`
-(`--policy.tokenizer_name=<directory> --policy.vocab_size=<size>`).
+(`--policy.tokenizer_name=<directory> --policy.vocabulary_size=<size>`).
 """
 
 from collections.abc import Iterable

@@ -34,7 +34,8 @@ def hub(dataset, tokenizer, tmp_path_factory):
             *runs.policy_flags(pretrained_path=BASE, push_to_hub="true", repo_id=REPO, private="true"),
         ]
         done = subprocess.run(
-            [Path(sys.executable).parent / "lerobot-train", *flags],
+            [sys.executable, "-m", "tests.lerobot.hub_server", *flags],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, **hub_server.environment(hub, TOKEN), "HF_HOME": str(output.parent / "hf")},
             capture_output=True,
             text=True,
@@ -52,7 +53,7 @@ def pushed(hub):
 
 def test_weights_settings_processors_and_card_are_pushed_and_nothing_else(pushed):
     processors = {name for name in pushed.files if name.startswith(("policy_preprocessor", "policy_postprocessor"))}
-    assert PROCESSORS <= processors
+    assert processors >= PROCESSORS
     assert set(pushed.files) - processors == {"config.json", WEIGHTS, "train_config.json", "README.md"}
     assert WEIGHTS in pushed.lfs and "config.json" not in pushed.lfs
     assert json.loads(pushed.files["config.json"])["type"] == "ofp"
@@ -84,16 +85,17 @@ def test_model_card_says_where_the_policy_came_from_and_how_to_run_it(hub, pushe
     assert card.data.base_model == BASE
     assert card.data.datasets == runs.REPO
     assert card.data.library_name == "lerobot" and "ofp" in card.data.tags
+    text = " ".join(card.text.replace("\\\n", " ").split())
     for told in (
         "| Evaluations per chunk | 1 ",
         f"https://huggingface.co/{BASE}",
         f"| lerobot | {version('lerobot')} |",
         f"| lerobot_policy_ofp | {version('lerobot_policy_ofp')} |",
         "pip install lerobot_policy_ofp",
-        f"lerobot-eval --policy.path={REPO} --env.type=",
-        f"lerobot-eval --policy.path={REPO} --policy.sampler=euler --policy.num_inference_steps=10",
+        f"lerobot-eval --policy.path={REPO} --env.type=<env> --eval.n_episodes=50 lerobot-eval",
+        "--eval.n_episodes=50 --policy.sampler=euler --policy.num_inference_steps=10 ```",
     ):
-        assert told in card.text, told
+        assert told in text, told
     assert pushed.files["README.md"].decode() in hub.cards  # what the Hub was asked to validate
 
 
@@ -128,4 +130,3 @@ def test_download_without_the_token_of_a_private_repository_is_one_clear_error(h
 def test_unknown_revision_is_an_error(hub, tmp_path):
     with hub_server.connected(hub), pytest.raises(Exception, match="Revision Not Found|revision"):
         OFPPolicy.from_pretrained(REPO, token=TOKEN, revision="v9", cache_dir=tmp_path)
-

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         frames=args.frames,
         draws=args.noises,
         batch_size=args.batch_size,
-        warm_start=fraction,
+        fraction=fraction,
         seed=args.seed,
     )
     statistics = measure.summarise(collected, executed=config.n_action_steps, seed=args.seed)
@@ -180,5 +180,7 @@ def _rename_map(text: str) -> dict[str, str]:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"is not JSON ({error})") from error
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise argparse.ArgumentTypeError('must be an object of names, as {"observation.images.a": "observation.images.b"}')
+        raise argparse.ArgumentTypeError(
+            'must be an object of names, as {"observation.images.a": "observation.images.b"}'
+        )
     return value

@@ -97,9 +97,7 @@ def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
         raise CheckError(f"the configuration of {source} cannot be read: {error}") from error
 
 
-def load_checkpoint(
-    source: str | Path, config: OFPConfig, which: str, rename_map: dict[str, str] | None
-) -> Checkpoint:
+def load_checkpoint(source: str | Path, config: OFPConfig, which: str, rename_map: dict[str, str] | None) -> Checkpoint:
     """Policy with the student's or the teacher's weights, and the checkpoint's own processors."""
     processors = load_processors(source, config, rename_map)
     try:
@@ -193,7 +191,10 @@ def load_metadata(repo_id: str | None, root: Path | None) -> LeRobotDatasetMetad
 
 def training_dataset(source: str | Path) -> dict[str, Any] | None:
     """The `dataset` section of the checkpoint's training configuration, None where it has none."""
-    path = weights.find_file(source, "train_config.json")
+    try:
+        path = weights.find_file(source, "train_config.json")
+    except FileNotFoundError:  # offline, and not in the cache
+        return None
     return json.loads(path.read_text()).get("dataset") if path is not None else None
 
 

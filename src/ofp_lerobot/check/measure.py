@@ -6,7 +6,6 @@ evaluations of a chunk; "one_warm" and "two_warm" start from the previous chunk'
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 from tqdm import tqdm
 
-from ..flow_map.path import Sampler, sample_chunk, warm_start
+from ..flow_map.path import sample_chunk, warm_start
 from ..flow_map.randomness import folded_generator
 from .errors import CheckError
 from .inputs import Checkpoint
@@ -28,14 +27,14 @@ PAPERS_WARM_START = 0.15  # arXiv 2603.12480
 MIN_EPISODES = 8  # the bootstrap draws episodes from this many on, frames below
 RESAMPLES = 2000
 WARM_UP_CALLS = 3
-_NOW, _NEXT = 0, 1  # streams of noise
+NOW, NEXT = 0, 1  # streams of noise
 
 
 class Way(NamedTuple):
     """How a chunk is sampled."""
 
     steps: int
-    sampler: Sampler
+    sampler: str  # as flow_map.path.sample_chunk's
 
 
 WAYS = {"one": Way(1, "flow_map"), "two": Way(2, "flow_map"), "ten": Way(10, "euler")}
@@ -74,6 +73,11 @@ def spread_evenly(total: int, frames: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(frames, total)).round().astype(int))
 
 
+def draw_noise(shape: tuple[int, ...], seed: int, stream: int, position: int) -> Tensor:
+    """Standard normal, a function of the frame's number in the dataset, whatever the batch size and device."""
+    return torch.randn(shape, generator=folded_generator("cpu", seed, stream, position))
+
+
 def collect(
     checkpoint: Checkpoint,
     dataset: LeRobotDataset,
@@ -81,10 +85,13 @@ def collect(
     frames: int,
     draws: int,
     batch_size: int,
-    warm_start: float,
+    fraction: float,
     seed: int,
 ) -> Collected:
-    """Samples every way on evenly spaced frames and on their successors, with the same noise for all ways."""
+    """Samples every way on evenly spaced frames and on their successors, with the same noise for all ways.
+
+    fraction: of the old plan, in the warm starts.
+    """
     config = checkpoint.policy.config
     executed = config.n_action_steps
     columns = dataset.hf_dataset.data
@@ -94,21 +101,24 @@ def collect(
     warm = executed < config.chunk_size and not config.use_relative_actions
     shape = (draws, config.chunk_size, config.max_action_dim)
 
-    def noise(positions: Iterable[int], stream: int) -> Tensor:
-        drawn = [torch.randn(shape, generator=folded_generator("cpu", seed, stream, int(p))) for p in absolute[positions]]
-        return torch.stack(drawn)
+    def noise(positions: np.ndarray, stream: int) -> Tensor:
+        return torch.stack([draw_noise(shape, seed, stream, int(p)) for p in absolute[positions]])
 
-    now, later, earlier = [], [], []
+    now: list[Chunks] = []
+    later: list[Chunks] = []
+    earlier: list[int] = []
     for start in tqdm(range(0, len(chosen), batch_size), desc="observations", unit="batch"):
         here = chosen[start : start + batch_size]
-        now.append(_chunks(checkpoint, dataset, here, noise(here, _NOW)))
-        follows = [i for i, p in enumerate(here) if p + executed < len(episodes) and episodes[p + executed] == episodes[p]]
+        now.append(_chunks(checkpoint, dataset, here, noise(here, NOW)))
+        follows = [
+            i for i, p in enumerate(here) if p + executed < len(episodes) and episodes[p + executed] == episodes[p]
+        ]
         if not follows:
             continue
         earlier += [start + i for i in follows]
         there = here[follows] + executed
         rests = {way: now[-1].sampled[way][follows, :, executed:] for way in FEW} if warm else {}
-        later.append(_chunks(checkpoint, dataset, there, noise(there, _NEXT), rests, warm_start))
+        later.append(_chunks(checkpoint, dataset, there, noise(there, NEXT), rests, fraction))
     return Collected(
         now=_join(now),
         later=_join(later) if later else None,
@@ -306,7 +316,7 @@ def summarise(collected: Collected, *, executed: int, seed: int) -> dict[str, An
             }
             for way in FEW
         },
-        "bootstrap": "episodes" if by_episode else "frames",
+        "bootstrap": {"unit": "episodes" if by_episode else "frames", "count": len(np.unique(groups))},
         "error_by_step": {way: _by_step(x, now) for way, x in now.sampled.items()},
         "successive": None if later is None else _successive(collected, executed),
     }
@@ -357,7 +367,9 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
         return None
     policy = checkpoint.policy
     batch = checkpoint.preprocessor(lerobot_collate_fn([dataset[0]]))
-    noise = torch.randn(1, policy.config.chunk_size, policy.config.max_action_dim, generator=folded_generator("cpu", seed))
+    noise = torch.randn(
+        1, policy.config.chunk_size, policy.config.max_action_dim, generator=folded_generator("cpu", seed)
+    )
     device = torch.device(policy.config.device)
     noise = noise.to(device)
     before = (policy.config.num_inference_steps, policy.config.sampler)

@@ -15,7 +15,7 @@ from .verdict import THRESHOLDS
 _WAYS = ("one", "two", "ten")
 _TITLES = {"one": "one step", "two": "two steps", "ten": "ten (Euler)"}
 _COLOURS = {"one": "#d1495b", "two": "#edae49", "ten": "#30638e"}
-_LABEL, _CELL = 40, 19
+_LABEL, _CELL = 44, 19
 _NOTHING = "n/a"
 
 
@@ -27,7 +27,7 @@ def output_name(source: str, weights: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The whole report as text of 100 columns."""
+    """The whole report as text."""
     lines = [*_head(result), "", *_normalised(result), "", *_dimensions(result), "", "verdict"]
     lines += [line for verdict in result["verdicts"] for line in _bullet(verdict["text"])]
     return "\n".join([*lines, "limits", *(line for limit in result["limits"] for line in _bullet(limit))])
@@ -96,7 +96,9 @@ def _successive(result: dict[str, Any]) -> list[str]:
     found = result["successive"]
     if found is None:
         return [_row("jump between successive chunks", [_NOTHING] * 3)]
-    kind = "on the steps both plan" if found["kind"] == "overlap" else f"seam; data's {found['demonstrations_jump']:.4g}"
+    kind = (
+        "on the steps both plan" if found["kind"] == "overlap" else f"seam; data's {found['demonstrations_jump']:.4g}"
+    )
 
     def cells(name: str, suffix: str) -> list[str]:
         return [_number(found.get(way + suffix, {}).get(name)) for way in _WAYS]

@@ -13,7 +13,6 @@ THRESHOLDS = {
     "error_ratio": round(1.2**0.5, 3),
     "telling_spread": 0.05,  # below this share of the demonstrations' deviation a spread says nothing
 }
-_WORDS = {"one": "one step", "two": "two steps"}
 
 
 class Verdict(NamedTuple):
@@ -27,7 +26,7 @@ class Verdict(NamedTuple):
 def judge(result: dict[str, Any]) -> list[dict[str, str]]:
     """Verdicts on the network at ten steps (only where it does not follow the data), at one and at two."""
     policy = _not_following(result)
-    return [v._asdict() for v in [*policy, *(_judge_few(result, way) for way in _WORDS)]]
+    return [v._asdict() for v in [*policy, *(_judge_few(result, way) for way in ("one", "two"))]]
 
 
 def _not_following(result: dict[str, Any]) -> list[Verdict]:
@@ -44,57 +43,54 @@ def _not_following(result: dict[str, Any]) -> list[Verdict]:
 
 
 def _judge_few(result: dict[str, Any], way: str) -> Verdict:
+    """The first rule that applies: size of the actions, spread over noises, error."""
     few, ten = result["normalised"][way], result["normalised"]["ten"]
-    ratio, spread = result["ratios_to_ten"][way]["error"], result["ratios_to_ten"][way]["spread"]["value"]
-    is_, have = ("is", "has") if way == "one" else ("are", "have")
-    words = _WORDS[way]
-    (low, high), (thin, wide) = THRESHOLDS["std_ratio"], THRESHOLDS["spread_ratio"]
+    error, spread = (result["ratios_to_ten"][way][name] for name in ("error", "spread"))
+    words, is_, has = ("one step", "is", "has") if way == "one" else ("two steps", "are", "have")
+    (low, high), (thin, wide), allowed = (THRESHOLDS[n] for n in ("std_ratio", "spread_ratio", "error_ratio"))
     telling = max(few["spread"], ten["spread"]) >= THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]
-    numbers = f"error ratio {_interval(ratio)} (paired bootstrap over {_counted(result)})"
-    if few["std_ratio"] > high and ten["std_ratio"] > high:
-        text = (
-            f"{words} and ten both give actions far wider than the demonstrations ({few['std_ratio']:.2f} and "
-            f"{ten['std_ratio']:.2f} times their deviation, healthy {low} to {high}): training diverged, or the "
-            "statistics belong to other data"
-        )
-        return Verdict(way, "wrong_size", text)
-    if few["std_ratio"] > high:
-        text = (
-            f"over-guided: with {words} the actions have {few['std_ratio']:.2f} times the demonstrations' deviation "
-            f"(healthy {low} to {high}), with ten {ten['std_ratio']:.2f}: train with a lower --policy.guidance_weight"
-        )
-        return Verdict(way, "over_guided", text)
-    if telling and spread < thin:
-        text = (
-            f"{words} {have} collapsed: spread {spread:.2f} of ten steps' (healthy {thin} to {wide}). Answers near the "
-            f"mean of several ways can have a low error and still fail; {numbers}"
-        )
-        return Verdict(way, "collapsed", text)
-    if telling and spread > wide:
-        text = (
-            f"{words} {is_} noisier than ten: spread {spread:.2f} of ten steps' (healthy {thin} to {wide}); {numbers}. "
-            "Train longer, or raise --policy.consistency_weight"
-        )
-        return Verdict(way, "scattered", text)
-    tail = f"spread {spread:.2f} of ten steps'" if telling else "ten steps hardly vary here, so the spread cannot tell"
-    if ratio["high"] <= THRESHOLDS["error_ratio"]:
-        return Verdict(way, "as_good", f"{words} {is_} as good as ten on this data: {numbers}, {tail}")
-    if ratio["low"] > THRESHOLDS["error_ratio"]:
-        return Verdict(way, "worse", f"{words} {is_} worse than ten on this data: {numbers}, {tail}")
-    text = (
-        f"{words}: not decided, {numbers} reaches across {THRESHOLDS['error_ratio']}: check more --frames or "
-        f"--episodes; {tail}"
+    numbers = (
+        f"error ratio {error['value']:.2f} [{error['low']:.2f}, {error['high']:.2f}] "
+        f"(paired bootstrap over {result['bootstrap']['count']} {result['bootstrap']['unit']})"
     )
-    return Verdict(way, "undecided", text)
-
-
-def _interval(ratio: dict[str, float]) -> str:
-    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-
-
-def _counted(result: dict[str, Any]) -> str:
-    frames, episodes = len(result["data"]["frames"]), len(result["data"]["episodes"])
-    return f"{episodes} episodes" if result["bootstrap"] == "episodes" else f"{frames} frames"
+    sizes = (
+        f"{few['std_ratio']:.2f} times the demonstrations' deviation, with ten {ten['std_ratio']:.2f} "
+        f"(healthy {low} to {high})"
+    )
+    spreads = f"spread {spread['value']:.2f} of ten steps'"
+    tail = f"{numbers}, {spreads if telling else 'ten steps hardly vary here, so the spread cannot tell'}"
+    rules = (
+        (
+            few["std_ratio"] > high and ten["std_ratio"] > high,
+            "wrong_size",
+            f"{words}: the actions have {sizes}: training diverged, or the statistics belong to other data",
+        ),
+        (
+            few["std_ratio"] > high,
+            "over_guided",
+            f"over-guided: with {words} the actions have {sizes}: train with a lower --policy.guidance_weight",
+        ),
+        (
+            telling and spread["value"] < thin,
+            "collapsed",
+            f"{words} {has} collapsed: {spreads} (healthy {thin} to {wide}). Answers near the mean of several ways can "
+            f"have a low error and still fail; {numbers}",
+        ),
+        (
+            few["std_ratio"] < low <= ten["std_ratio"],
+            "collapsed",
+            f"{words} {has} collapsed: the actions have {sizes}; {numbers}",
+        ),
+        (
+            telling and spread["value"] > wide,
+            "scattered",
+            f"{words} {is_} noisier than ten: {spreads} (healthy {thin} to {wide}); {numbers}. Train longer",
+        ),
+        (error["high"] <= allowed, "as_good", f"{words} {is_} as good as ten on this data: {tail}"),
+        (error["low"] > allowed, "worse", f"{words} {is_} worse than ten on this data: {tail}"),
+        (True, "undecided", f"{words}: not decided, check more frames or episodes (bar {allowed}): {tail}"),
+    )
+    return next(Verdict(way, label, text) for applies, label, text in rules if applies)
 
 
 def limits(result: dict[str, Any]) -> list[str]:
@@ -104,7 +100,7 @@ def limits(result: dict[str, Any]) -> list[str]:
         "error though it may be none of them. Read error and spread together, then try it.",
         "Ten steps means the same weights: what training did to them shows by checking the starting checkpoint too.",
     ]
-    if result["bootstrap"] == "frames":
+    if result["bootstrap"]["unit"] == "frames":
         told.append("Frames of one episode are alike, so the intervals are too narrow: check 8 episodes or more.")
     if result["data"]["held_out"] is False:
         told.append(

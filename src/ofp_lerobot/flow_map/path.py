@@ -4,12 +4,11 @@ Shapes: actions, noise and x are (n, horizon, action_dim) float32; times are (n,
 with t = 1 noise and t = 0 action. Actions are in normalised action space.
 """
 
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-Sampler = Literal["flow_map", "euler"]
 
 
 class Velocity(Protocol):
@@ -41,9 +40,7 @@ def interval_step(x_t: Tensor, velocity: Tensor, t: Tensor, r: Tensor) -> Tensor
     return x_t - expand_time(t - r, x_t) * velocity
 
 
-def sample_chunk(
-    velocity: Velocity, x: Tensor, *, steps: int, sampler: Sampler = "flow_map", start: float = 1.0
-) -> Tensor:
+def sample_chunk(velocity: Velocity, x: Tensor, *, steps: int, sampler: str = "flow_map", start: float = 1.0) -> Tensor:
     """Carries x (n, horizon, action_dim) from time `start` to the action at t = 0.
 
     The grid start = τ_0 > … > τ_steps = 0 is even. "flow_map" evaluates the average velocity over each
@@ -54,7 +51,7 @@ def sample_chunk(
     if sampler not in ("flow_map", "euler"):
         raise ValueError(f"sampler must be 'flow_map' or 'euler', got {sampler!r}")
     times = [start * (1 - k / steps) for k in range(steps + 1)]
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         t_now = torch.full((len(x),), t, device=x.device)
         t_end = torch.full((len(x),), t_next, device=x.device)
         u = velocity(x, t_now, t_end if sampler == "flow_map" else t_now)

@@ -27,7 +27,7 @@ class Settings:
 
 
 class Losses(NamedTuple):
-    """loss (n,): one per sample, differentiable. logs: detached scalars on the samples' device, always the same keys."""
+    """loss (n,): one per sample, differentiable. logs: detached scalars on its device, always the same keys."""
 
     loss: Tensor
     logs: dict[str, Tensor]

@@ -5,6 +5,8 @@ spread; a starved flow term in the ten-step samples; self-consistency's own loss
 the quality, so the gap between one step and ten from the same noise is measured instead.
 """
 
+from functools import partial
+
 import torch
 from torch import Generator, Tensor
 
@@ -16,7 +18,15 @@ DRAWS = 4  # noises for each
 FLOW_STEPS = 10  # π₀.₅'s own sampler
 HEALTHY_STD_RATIO = (0.7, 1.4)
 
-NAMES = ("one_step_std_ratio", "one_step_max", "one_step_error", "ten_step_error", "one_ten_gap", "one_step_spread", "ten_step_spread")
+NAMES = (
+    "one_step_std_ratio",
+    "one_step_max",
+    "one_step_error",
+    "ten_step_error",
+    "one_ten_gap",
+    "one_step_spread",
+    "ten_step_spread",
+)
 
 
 @torch.no_grad()
@@ -32,9 +42,7 @@ def diagnose(velocity: Velocity, actions: Tensor, mask: Tensor, generator: Gener
     target, valid = actions[row], mask[row]
     noise = torch.randn(target.shape, generator=generator, device=actions.device)
 
-    def bound(x_t: Tensor, t: Tensor, r: Tensor, keep: Tensor | None = None, row_: Tensor | None = None) -> Tensor:
-        return velocity(x_t, t, r, keep, row)
-
+    bound = partial(velocity, row=row)
     one = sample_chunk(bound, noise, steps=1, sampler="flow_map")
     ten = sample_chunk(bound, noise, steps=FLOW_STEPS, sampler="euler")
 

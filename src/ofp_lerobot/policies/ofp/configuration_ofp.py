@@ -57,7 +57,7 @@ class OFPConfig(PI05Config):
     """
 
     vision_variant: str = "siglip_so400m"
-    vocab_size: int = PALIGEMMA_VOCABULARY
+    vocabulary_size: int = PALIGEMMA_VOCABULARY  # not "vocab_size": PEFT would look for it in a π₀.₅'s configuration
 
     # Tokenizer of the prompt (Hub name or local path) and its padded length. None: the starting checkpoint's, or
     # PaliGemma's and 200. A checkpoint brings its own processors, so both can only be set without one.
@@ -91,7 +91,9 @@ class OFPConfig(PI05Config):
 
     def __post_init__(self) -> None:
         # PI05Config's own check would refuse the small variants, so its parent's is called.
+        wanted = self.device
         super(PI05Config, self).__post_init__()
+        self._absent_device = wanted if wanted and wanted != self.device else None
         _choice("paligemma_variant", self.paligemma_variant, GEMMA_VARIANTS)
         _choice("action_expert_variant", self.action_expert_variant, GEMMA_VARIANTS)
         _choice("vision_variant", self.vision_variant, VISION_VARIANTS)
@@ -150,6 +152,14 @@ class OFPConfig(PI05Config):
         if not self.image_features:
             raise ValueError("the policy needs at least one camera (observation.images.*) in its input_features")
 
+    def require_device(self) -> None:
+        """Raises ValueError where the device asked for is absent. LeRobot has only warned and taken another by then."""
+        if self._absent_device is not None:
+            raise ValueError(
+                f"device {self._absent_device!r} is not available on this machine: set --policy.device={self.device} "
+                f"(in Python: PreTrainedConfig.from_pretrained(path, cli_overrides=['--device={self.device}']))"
+            )
+
     def on_save(self, hook: Callable[[Path], None]) -> None:
         """Calls the bound method `hook(directory)` whenever this configuration is written.
 
@@ -173,4 +183,6 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _within(name: str, value: float, low: float, high: float = float("inf")) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} must be {f'in [{low}, {high}]' if high < float('inf') else f'at least {low}'}, got {value}")
+        raise ValueError(
+            f"{name} must be {f'in [{low}, {high}]' if high < float('inf') else f'at least {low}'}, got {value}"
+        )

@@ -25,7 +25,8 @@ average velocity over an interval, so {steps} network evaluation{s} per action c
 pip install lerobot_policy_ofp
 # one evaluation per chunk, and π₀.₅'s ten-step sampler with the same weights
 lerobot-eval --policy.path={repo} --env.type=<env> --eval.n_episodes=50
-lerobot-eval --policy.path={repo} --policy.sampler=euler --policy.num_inference_steps=10 --env.type=<env> --eval.n_episodes=50
+lerobot-eval --policy.path={repo} --env.type=<env> --eval.n_episodes=50 \\
+  --policy.sampler=euler --policy.num_inference_steps=10
 ```
 """
 
@@ -33,7 +34,7 @@ lerobot-eval --policy.path={repo} --policy.sampler=euler --policy.num_inference_
 def describe(card: ModelCard, config: OFPConfig) -> ModelCard:
     """Adds base model, evaluations per chunk, versions and commands to LeRobot's card."""
     if config.base_model:
-        card.data.base_model = config.base_model
+        card.data["base_model"] = config.base_model
     one = config.num_inference_steps == 1
     section = _SECTION.format(
         steps=config.num_inference_steps,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from ...objectives.monitor import HEALTHY_STD_RATIO, diagnose
 from . import weights
 from .configuration_ofp import OFPConfig
 from .model_card import describe
-from .network import OFPNetwork, Prefix
+from .network import NEW_PARAMETERS, OFPNetwork, Prefix
 from .processor_ofp import check_statistics
 from .scalars import LaggingScalars
 from .training_state import TrainingState, load_training_state, resumed_from, save_training_state, state_path
@@ -48,9 +49,10 @@ class OFPPolicy(PreTrainedPolicy):
     def __init__(
         self, config: OFPConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None, **kwargs: Any
     ) -> None:
-        """dataset_stats: only checked; normalisation is the processors' work. Raises ValueError on unusable settings."""
+        """dataset_stats: only checked, normalisation is the processors' work. Raises ValueError on bad settings."""
         super().__init__(config)
         _refuse_fsdp()
+        config.require_device()
         config.validate_features()
         check_statistics(config, dataset_stats)
         self.config: OFPConfig = config
@@ -240,12 +242,7 @@ class OFPPolicy(PreTrainedPolicy):
         return folded_generator(device, self._seed or 0, stream, step, self._calls, rank)
 
     def _bind(self, prefix: Prefix) -> Velocity:
-        def velocity(
-            x_t: Tensor, t: Tensor, r: Tensor, keep: Tensor | None = None, row: Tensor | None = None
-        ) -> Tensor:
-            return self.model(prefix, x_t, t, r, keep, row)
-
-        return velocity
+        return partial(self.model, prefix)
 
     def _bind_teacher(self, prefix: Prefix) -> Velocity:
         """The teacher over the student's prefix; before any training the student itself."""
@@ -254,10 +251,8 @@ class OFPPolicy(PreTrainedPolicy):
         parameters = self._student_weights()
         teacher = {name: w.to(parameters[name].dtype) for name, w in self._teacher.items()}
 
-        def velocity(
-            x_t: Tensor, t: Tensor, r: Tensor, keep: Tensor | None = None, row: Tensor | None = None
-        ) -> Tensor:
-            return torch.func.functional_call(self.model, teacher, (prefix, x_t, t, r, keep, row))
+        def velocity(*args: Any, **kwargs: Any) -> Tensor:
+            return torch.func.functional_call(self.model, teacher, (prefix, *args), kwargs)
 
         return velocity
 
@@ -290,7 +285,13 @@ class OFPPolicy(PreTrainedPolicy):
         device = self.model.action_in_proj.weight.device
         images = torch.stack([self._prepare_image(key, batch[key].to(device)) for key in keys], dim=1)
         tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
-        length = max(int(mask.sum(dim=1).max()), 1)  # padding is on the right
+        length, largest = torch.stack([mask.sum(dim=1).max(), tokens.max()]).tolist()  # padding is on the right
+        length = max(length, 1)
+        if largest >= self.config.vocabulary_size:
+            raise ValueError(
+                f"token {largest} is outside the vocabulary of {self.config.vocabulary_size}: the tokenizer is not "
+                "this checkpoint's, see --policy.tokenizer_name and --policy.vocabulary_size"
+            )
         tokens, mask = tokens[:, :length].to(device), mask[:, :length].to(device)
         return images, tokens, mask
 
@@ -353,7 +354,9 @@ class OFPPolicy(PreTrainedPolicy):
         With `warm_start` a new chunk starts from the last one's unexecuted actions, per row.
         """
         if self._rtc_enabled():
-            raise ValueError("real-time chunking works through predict_action_chunk: disable rtc_config for select_action")
+            raise ValueError(
+                "real-time chunking works through predict_action_chunk: disable rtc_config for select_action"
+            )
         if self.config.warm_start and self.config.use_relative_actions:
             raise ValueError(
                 "warm_start with relative actions needs leftovers re-anchored on the new state, which select_action "
@@ -395,16 +398,11 @@ class OFPPolicy(PreTrainedPolicy):
         noise = noise.to(device, torch.float32)
         rest = self._usable_rest(prev_chunk_left_over, b, device)
 
-        def velocity(
-            x_t: Tensor, t: Tensor, r: Tensor, keep: Tensor | None = None, row: Tensor | None = None
-        ) -> Tensor:
-            return self._velocity(prefix, x_t, t, r, keep, row)
-
         x, start = noise, 1.0
         if rest is not None and self.config.warm_start:
             x, start = warm_start(noise, rest, self.config.warm_start)
         steps, sampler = self.config.num_inference_steps, self.config.sampler
-        actions = sample_chunk(velocity, x, steps=steps, sampler=sampler, start=start)
+        actions = sample_chunk(partial(self._velocity, prefix), x, steps=steps, sampler=sampler, start=start)
         actions = actions[..., : self.config.output_features[ACTION].shape[0]]
         if rest is not None and self._rtc_enabled():
             actions = self._keep_prefix(actions, rest, inference_delay or 0, execution_horizon)
@@ -465,6 +463,19 @@ class OFPPolicy(PreTrainedPolicy):
                 "target_time_mlp_out",
             ],
         }
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """Refuses adapters without the target-time branch: loading them would start it anew, untrained."""
+        super()._validate_peft_config(peft_config)
+        kept = getattr(peft_config, "modules_to_save", None) or []
+        branch = sorted({f"model.{name.rpartition('.')[0]}" for name in NEW_PARAMETERS})
+        missing = [name for name in branch if not any(name.endswith(end) for end in kept)]
+        if missing and self.config.objective != "flow_matching":
+            raise ValueError(
+                f"objective {self.config.objective!r} trains the target-time branch, but the adapter would not hold "
+                f"{' and '.join(missing)}: add target_time_mlp_in and target_time_mlp_out to "
+                "--peft.full_training_modules, or drop that setting for the default"
+            )
 
 
 def _refuse_fsdp() -> None:

@@ -1,4 +1,4 @@
-"""π₀.₅'s network split in two: `encode` (images and text, once per batch) and the velocity pass over its keys and values.
+"""π₀.₅'s network split in two: `encode` (images and text, once per batch) and the velocity pass over its result.
 
 The prefix never attends to the actions, so its keys and values serve every pass: flow, self-consistency, guidance,
 student and teacher, and every sampling step. Parameters carry π₀.₅'s names (LeRobot's `PI05Pytorch`), plus the
@@ -16,7 +16,6 @@ from lerobot.policies.pi05.modeling_pi05 import get_gemma_config
 from lerobot.policies.pi_gemma import (
     PaliGemmaForConditionalGenerationWithPiGemma,
     PiGemmaForCausalLM,
-    PiGemmaRMSNorm,
 )
 from lerobot.utils.constants import OPENPI_ATTENTION_MASK_VALUE
 from torch import Tensor, nn
@@ -26,9 +25,7 @@ from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb, repea
 
 from .configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
 
-NEW_PARAMETERS = frozenset(
-    f"target_time_mlp_{part}.{kind}" for part in ("in", "out") for kind in ("weight", "bias")
-)
+NEW_PARAMETERS = frozenset(f"target_time_mlp_{part}.{kind}" for part in ("in", "out") for kind in ("weight", "bias"))
 """What a π₀.₅ checkpoint lacks."""
 
 _FLOAT32_IN_BFLOAT16 = (  # as openpi keeps them
@@ -98,8 +95,9 @@ class PaliGemmaWithExpert(nn.Module):
         super().__init__()
         vlm = SMALL_GEMMA.get(config.paligemma_variant) or get_gemma_config(config.paligemma_variant)
         expert = SMALL_GEMMA.get(config.action_expert_variant) or get_gemma_config(config.action_expert_variant)
-        vlm_config = CONFIG_MAPPING["paligemma"](image_token_index=config.vocab_size)
-        gemma = {"hidden_activation": "gelu_pytorch_tanh", "vocab_size": config.vocab_size, "dtype": "float32"}
+        configs: Any = CONFIG_MAPPING  # each entry takes other keywords
+        vlm_config = configs["paligemma"](image_token_index=config.vocabulary_size)
+        gemma = {"hidden_activation": "gelu_pytorch_tanh", "vocab_size": config.vocabulary_size, "dtype": "float32"}
         vlm_config.text_config.update({**gemma, **_gemma_sizes(vlm), "use_adarms": False, "adarms_cond_dim": None})
         # so400m's own width is 4304; transformers' default for PaliGemma is another.
         vision = SMALL_SIGLIP.get(config.vision_variant, {"intermediate_size": 4304})
@@ -112,9 +110,7 @@ class PaliGemmaWithExpert(nn.Module):
                 "dtype": "float32",
             }
         )
-        expert_config = CONFIG_MAPPING["gemma"](
-            **gemma, **_gemma_sizes(expert), use_adarms=True, adarms_cond_dim=expert.width
-        )
+        expert_config = configs["gemma"](**gemma, **_gemma_sizes(expert), use_adarms=True, adarms_cond_dim=expert.width)
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=vlm_config)
         self.gemma_expert = PiGemmaForCausalLM(config=expert_config)
         self.gemma_expert.model.embed_tokens = None
@@ -149,18 +145,17 @@ class OFPNetwork(nn.Module):
         self.target_time_mlp_out = nn.Linear(width, width)
         self.zero_target_time()
         self.min_period, self.max_period = config.min_period, config.max_period
-        self.vocab_size = config.vocab_size
         self.attention: Literal["sdpa", "eager"] = "sdpa"
         self.gradient_checkpointing = False
         self._set_precision(config.dtype)
         self._set_requires_grad(config)
 
     @property
-    def vlm(self) -> nn.Module:
+    def vlm(self) -> Any:  # Any: torch types every submodule as Tensor | Module
         return self.paligemma_with_expert.paligemma.model
 
     @property
-    def expert(self) -> nn.Module:
+    def expert(self) -> Any:
         return self.paligemma_with_expert.gemma_expert.model
 
     @torch.no_grad()
@@ -237,18 +232,20 @@ class OFPNetwork(nn.Module):
         patches = tower.embeddings(images).to(tower.post_layernorm.weight.dtype)
         return projector(tower.post_layernorm(tower.encoder(inputs_embeds=patches).last_hidden_state))
 
-    def _prefix_keys(self, layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _prefix_keys(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         normed, _ = layer.input_layernorm(hidden)
         k, v = (_heads(p(normed), layer.self_attn.head_dim) for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))
         k, _ = apply_rotary_pos_emb(k, k, cos, sin)
         return k, v
 
     def _prefix_layer(
-        self, layer: nn.Module, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
+        self, layer: Any, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = layer.self_attn
         normed, _ = layer.input_layernorm(hidden)
-        q, k, v = (_heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            _heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         attended = attend(q, k, v, mask[:, None, None], attention.scaling, self.attention)
         hidden = hidden + attention.o_proj(attended.transpose(1, 2).flatten(2))
@@ -290,9 +287,7 @@ class OFPNetwork(nn.Module):
             hidden = hidden.to(self.expert.layers[0].mlp.up_proj.weight.dtype)
             cos, sin = self.expert.rotary_emb(hidden, position)
             for layer, keys, values in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
-                hidden = self._maybe_checkpoint(
-                    self._suffix_layer, layer, hidden, cond, keys, values, mask, cos, sin
-                )
+                hidden = self._maybe_checkpoint(self._suffix_layer, layer, hidden, cond, keys, values, mask, cos, sin)
             hidden, _ = self.expert.norm(hidden, cond)
             return self.action_out_proj(hidden.to(self.action_out_proj.weight.dtype)).float()
 
@@ -308,7 +303,7 @@ class OFPNetwork(nn.Module):
 
     def _suffix_layer(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden: Tensor,
         cond: Tensor,
         keys: Tensor,
@@ -319,7 +314,9 @@ class OFPNetwork(nn.Module):
     ) -> Tensor:
         attention, b = layer.self_attn, len(keys)
         normed, gate = _ada_norm(layer.input_layernorm, hidden, cond)
-        q, k, v = (_heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            _heads(p(normed), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         q, k, v = (_pack(x, b) for x in (q, k, v))
         attended = attend(
@@ -330,7 +327,7 @@ class OFPNetwork(nn.Module):
         return hidden + layer.mlp(normed) * gate
 
 
-def _ada_norm(norm: PiGemmaRMSNorm, hidden: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+def _ada_norm(norm: Any, hidden: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
     normed, gate = norm(hidden, cond=cond)
     if gate is None:
         raise TypeError("the action expert's norms must be adaptive")

@@ -21,7 +21,9 @@ from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPCon
 def make_ofp_pre_post_processors(
     config: OFPConfig,
     dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
-) -> tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[PolicyAction, PolicyAction]]:
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[PolicyAction, PolicyAction]
+]:
     """Rename, batch, relative actions, quantile normalisation, prompt with the state, tokens, device; and back.
 
     Raises ValueError where `dataset_stats` lack what the normalisation needs (q01 and q99 for π₀.₅'s quantiles).

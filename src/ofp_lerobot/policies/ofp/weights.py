@@ -168,6 +168,6 @@ def load_weights(policy: nn.Module, state: dict[str, Tensor], source: str | Path
         raise ValueError(
             f"the weights of {source} do not fit this policy ({told}). Check --policy.pretrained_path, and that "
             "paligemma_variant, action_expert_variant, vision_variant, max_action_dim, image_resolution and "
-            "vocab_size are the checkpoint's"
+            "vocabulary_size are the checkpoint's"
         )
     policy.load_state_dict(state, strict=False)

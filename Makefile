@@ -1,0 +1,34 @@
+# Needs Python 3.12 only; uv is used where it is installed.
+PYTHON ?= python3.12
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.ready-test
+	$(BIN)/python -m recipes.quickstart
+
+test: $(VENV)/.ready-test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One environment for both commands, made once and again when what it holds changes.
+$(VENV)/.ready-test: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then \
+	  ([ -x $(BIN)/python ] || uv venv -q --python 3.12 $(VENV)) && \
+	  uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]"; \
+	else \
+	  ([ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)) && \
+	  $(BIN)/python -m pip install -q --upgrade pip && \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist

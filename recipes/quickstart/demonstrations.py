@@ -1,0 +1,152 @@
+"""Demonstrations of a MetaWorld task in two styles, recorded as a LeRobotDataset.
+
+From the same start the hand first makes a detour, to the left or to the right, and then follows MetaWorld's scripted
+expert. So the actions have two modes, whose average no demonstrator would choose. In some episodes what is executed is
+noisy, which shows the policy how to recover; the recorded action is the demonstrator's all the same.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .simulator import ACTION_DIM, CONTROL_RATE, STATE_DIM, Simulator, description, expert, state_of
+
+IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
+REPO_ID = "local/quickstart"
+
+_GAIN = 10.0  # displacement per metre of distance on the detour
+_ARRIVED = 0.03  # metres
+_PATIENCE = 40  # steps after which a detour ends wherever the hand is
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded. Episode i starts from seed `seed` + i; styles and noise alternate."""
+
+    task: str = "window-open-v3"
+    camera: str = "corner2"
+    image_size: int = 64
+    episodes: int = 80
+    seed: int = 0
+    detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
+    noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
+    max_steps: int = 300
+
+    @property
+    def styles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The two detours."""
+        right = np.array(self.detour)
+        return right * (-1, 1, 1), right
+
+
+class Episode(NamedTuple):
+    """images (steps, size, size, 3) uint8, empty where not rendered; states, actions (steps, 4) float32."""
+
+    images: NDArray[np.uint8]
+    states: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    solved: bool
+
+
+class Demonstrator:
+    """MetaWorld's expert after a detour through `start + detour`; call it with each raw observation in turn."""
+
+    def __init__(self, task: str, start: NDArray[np.float64], detour: NDArray[np.float64]) -> None:
+        self._expert = expert(task)
+        self._via = start[:3] + detour
+        self._steps_left = _PATIENCE
+
+    def __call__(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        action = self._expert(raw)
+        way = self._via - raw[:3]
+        if np.linalg.norm(way) < _ARRIVED:
+            self._steps_left = 0
+        if self._steps_left > 0:
+            self._steps_left -= 1
+            action[:3] = _GAIN * way / max(1.0, _GAIN * np.abs(way).max())
+        return action
+
+
+def demonstrate(
+    simulator: Simulator,
+    seed: int,
+    detour: NDArray[np.float64],
+    *,
+    noise: float,
+    rng: np.random.Generator,
+    max_steps: int,
+    image_size: int | None = None,
+) -> Episode:
+    """One episode from the start `seed` draws, until the task is solved; with `image_size` None without pictures."""
+    raw = simulator.reset(seed)
+    demonstrator = Demonstrator(simulator.task, raw, detour)
+    images, states, actions, solved = [], [], [], False
+    while not solved and len(actions) < max_steps:
+        if image_size is not None:
+            images.append(simulator.render(image_size))
+        states.append(state_of(raw))
+        action = demonstrator(raw)
+        actions.append(action.astype(np.float32))
+        executed = action.copy()
+        executed[:3] += noise * rng.normal(size=3)
+        raw, solved = simulator.step(executed)
+    return Episode(np.array(images, dtype=np.uint8), np.stack(states), np.stack(actions), solved)
+
+
+def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
+    """Records into the LeRobotDataset at `root` and yields the length of each episode as it is saved.
+
+    Raises RuntimeError where the demonstrator does not solve its task.
+    """
+    from lerobot.datasets import LeRobotDataset
+
+    size = recording.image_size
+    features = {
+        IMAGE: {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
+        STATE: {"dtype": "float32", "shape": (STATE_DIM,), "names": ["x", "y", "z", "gripper"]},
+        ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": ["dx", "dy", "dz", "gripper"]},
+    }
+    dataset = LeRobotDataset.create(REPO_ID, CONTROL_RATE, features, root=root, use_videos=False)
+    prompt = description(recording.task)
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(recording,)
+    )
+    with pool:
+        for index, episode in enumerate(pool.map(_record_episode, range(recording.episodes))):
+            if not episode.solved:
+                raise RuntimeError(
+                    f"the demonstrator left {recording.task} unsolved after {recording.max_steps} steps in episode "
+                    f"{index}: choose another detour, less noise or more steps"
+                )
+            for image, state, action in zip(episode.images, episode.states, episode.actions, strict=True):
+                dataset.add_frame({IMAGE: image, STATE: state, ACTION: action, "task": prompt})
+            dataset.save_episode()
+            yield len(episode.actions)
+    dataset.finalize()
+
+
+_recording: Recording
+_simulator: Simulator
+
+
+def _start_worker(recording: Recording) -> None:
+    global _recording, _simulator
+    _recording, _simulator = recording, Simulator(recording.task, recording.camera)
+
+
+def _record_episode(index: int) -> Episode:
+    return demonstrate(
+        _simulator,
+        _recording.seed + index,
+        _recording.styles[index % 2],
+        noise=_recording.noise * (index // 2 % 2),
+        rng=np.random.default_rng((_recording.seed, index)),
+        max_steps=_recording.max_steps,
+        image_size=_recording.image_size,
+    )

@@ -1,0 +1,101 @@
+"""Distributions of the random times, and the contraction schedule."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ofp_lerobot.flow_map.times import MIN_GAP, contraction, power_times, segments, uniform
+
+N = 40_000
+P_VALUE = 1e-3  # the draws are seeded, so a test passes always or never
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_distribution(values: torch.Tensor, distribution) -> None:
+    assert stats.kstest(values.double().numpy(), distribution.cdf).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.3)])
+def test_uniform(low, high):
+    values = uniform(N, generator(), low, high)
+    assert values.shape == (N,) and values.dtype == torch.float32
+    assert_distribution(values, stats.uniform(low, high - low))
+
+
+@pytest.mark.parametrize(("alpha", "scale", "offset"), [(1.5, 0.999, 0.001), (1.0, 1.0, 0.0), (3.0, 0.5, 0.25)])
+def test_power_times_are_beta(alpha, scale, offset):
+    t = power_times(N, generator(), alpha=alpha, scale=scale, offset=offset)
+    assert t.shape == (N,) and t.dtype == torch.float32
+    assert float(t.min()) >= offset and float(t.max()) <= offset + scale + 1e-6
+    assert_distribution(t, stats.beta(alpha, 1, loc=offset, scale=scale))
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.25, 0.05])
+def test_segments_are_ordered(rho):
+    t, m, r, kappa = segments(N, generator(), rho=rho)
+    rounding = 1e-6
+    assert all(x.shape == (N,) and x.dtype == torch.float32 for x in (t, m, r, kappa))
+    assert bool((r >= 0).all() and (t <= 1).all())
+    assert bool((m <= t).all() and (m >= r - rounding).all())
+    assert bool((t - r >= MIN_GAP - rounding).all())
+    assert bool((kappa >= 0).all() and (kappa < rho).all())
+    np.testing.assert_allclose(((t - m).double() / (t - r).double()).numpy(), kappa.numpy(), atol=1e-4)
+    assert_distribution(kappa, stats.uniform(0, rho))
+
+
+def test_shares_of_the_intervals():
+    """Half reach the action; half of those start at noise, the others at t ~ U(MIN_GAP, 1)."""
+    t, _, r, _ = segments(N, generator(), rho=0.25)
+    to_action, from_noise = r == 0, t == 1
+    deviation = 4 * 0.5 / math.sqrt(N)
+    assert float(to_action.double().mean()) == pytest.approx(0.5, abs=deviation)
+    assert float(from_noise.double().mean()) == pytest.approx(0.25, abs=deviation)
+    assert bool(to_action[from_noise].all())
+    assert_distribution(t[to_action & ~from_noise], stats.uniform(MIN_GAP, 1 - MIN_GAP))
+
+
+def test_inner_intervals_are_two_sorted_uniforms_with_a_gap():
+    t, _, r, _ = segments(N, generator(), rho=0.25)
+    inner = r > 0
+    low, high = r[inner] / (1 - MIN_GAP), (t[inner] - MIN_GAP) / (1 - MIN_GAP)
+    assert_distribution(low, stats.beta(1, 2))
+    assert_distribution(high, stats.beta(2, 1))
+    assert_distribution(high - low, stats.beta(1, 2))
+
+
+def test_first_segments_do_not_depend_on_the_interval():
+    t, _, r, kappa = segments(N, generator(), rho=1.0)
+    for other in (t, r):
+        assert abs(np.corrcoef(kappa.numpy(), other.numpy())[0, 1]) < 4 / math.sqrt(N)
+
+
+def test_draws_follow_the_generator():
+    for first, second, third in zip(
+        segments(50, generator(3), rho=0.5),
+        segments(50, generator(3), rho=0.5),
+        segments(50, generator(4), rho=0.5),
+        strict=True,
+    ):
+        assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_contraction_endpoints_and_shape():
+    schedule = {"start": 0.25, "end": 0.05, "fraction": 0.5}
+    assert contraction(0.0, **schedule) == pytest.approx(0.25)
+    assert contraction(0.25, **schedule) == pytest.approx(0.15)
+    assert contraction(0.125, **schedule) == pytest.approx(0.05 + 0.2 * math.cos(math.pi / 8) ** 2)
+    for progress in (0.5, 0.75, 1.0, 3.0):
+        assert contraction(progress, **schedule) == pytest.approx(0.05)
+    values = [contraction(x, **schedule) for x in np.linspace(0, 0.5, 50)]
+    assert all(a > b for a, b in itertools.pairwise(values))
+
+
+def test_contraction_without_a_schedule_is_its_end():
+    assert contraction(0.0, start=1.0, end=0.05, fraction=0.0) == pytest.approx(0.05)

@@ -1,0 +1,141 @@
+"""LoRA through `lerobot-train --peft.*`: what trains, what the teacher follows, saving, loading, resuming."""
+
+import shutil
+
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.rollout.context import _load_pretrained_policy
+from safetensors.torch import load_file
+
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
+from tests import runs, small
+
+WHOLE = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out", "target_time_mlp_in", "target_time_mlp_out")
+
+
+@pytest.fixture(scope="module")
+def base(dataset, tokenizer, tmp_path_factory):
+    return runs.pi05_checkpoint(tmp_path_factory.mktemp("pi05"), dataset, tokenizer)
+
+
+def flags(base, dataset, output, *, steps=4, **changes):
+    return [
+        *runs.train_flags(dataset, output, steps=steps, **{"peft.method_type": "LORA", "peft.r": 4, **changes}),
+        *runs.policy_flags(pretrained_path=base, optimizer_lr=0.01),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(base, dataset, tmp_path_factory):
+    """Four steps of LoRA from a π₀.₅."""
+    output = tmp_path_factory.mktemp("peft") / "out"
+    runs.lerobot_train(*flags(base, dataset, output))
+    return output
+
+
+def adapter(output, step):
+    return load_file(runs.checkpoint(output, step) / "adapter_model.safetensors")
+
+
+def state(output, step):
+    return load_training_state(runs.checkpoint(output, step).parent / "training_state" / FILENAME)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_adapter_holds_lora_on_the_experts_attention_and_the_whole_new_branch(trained):
+    saved = adapter(trained, 4)
+    lora = {name for name in saved if ".lora_" in name}
+    assert all(".gemma_expert." in name and ".self_attn." in name for name in lora)
+    assert len(lora) == 2 * 4 * 2  # layers × projections × (A, B)
+    whole = {name.split(".")[-2] for name in saved.keys() - lora}
+    assert whole == set(WHOLE)
+    assert not (runs.checkpoint(trained, 4) / "model.safetensors").exists()
+
+
+def test_everything_in_the_adapter_has_trained(trained):
+    early, late = adapter(trained, 2), adapter(trained, 4)
+    assert not [name for name in late if torch.equal(early[name], late[name])]
+
+
+def test_teacher_covers_exactly_the_trainable_parameters(trained):
+    ours = state(trained, 4)
+    saved = {name.removeprefix("base_model.model.model."): w.shape for name, w in adapter(trained, 4).items()}
+    followed = {name.replace(".default", "").replace(".modules_to_save", ""): w.shape for name, w in ours.teacher.items()}
+    assert followed == saved
+    assert ours.step == 4
+    assert all(w.dtype == torch.float32 for w in ours.teacher.values())
+
+
+def chunk(policy, noise):
+    return policy.eval().predict_action_chunk(small.batch(2), noise=noise)
+
+
+def test_reloaded_acts_the_same_to_the_bit(trained, dataset):
+    from lerobot.datasets import LeRobotDatasetMetadata
+    from lerobot.policies import make_policy
+
+    noise = torch.randn(2, small.HORIZON, 8)
+    answers = []
+    for load in (_load_pretrained_policy, lambda c: make_policy(c, ds_meta=LeRobotDatasetMetadata(runs.REPO, dataset))):
+        torch.manual_seed(len(answers))  # what is not in the checkpoint would differ
+        config = PreTrainedConfig.from_pretrained(runs.checkpoint(trained, 4))
+        assert config.use_peft
+        config.pretrained_path = runs.checkpoint(trained, 4)
+        answers.append(chunk(load(config), noise))
+    assert torch.equal(*answers)
+
+
+def test_reloaded_is_the_trained_policy(base, dataset, tmp_path, monkeypatch):
+    """The actions of the policy in the process that trained it, against those of its checkpoint."""
+    from lerobot.scripts import lerobot_train as script
+
+    policies = []
+    save = script.save_checkpoint
+    monkeypatch.setattr(script, "save_checkpoint", lambda **kw: (policies.append(kw["policy"]), save(**kw)))
+    runs.lerobot_train(*flags(base, dataset, tmp_path / "out", steps=1))
+    config = PreTrainedConfig.from_pretrained(runs.checkpoint(tmp_path / "out", 1))
+    config.pretrained_path = runs.checkpoint(tmp_path / "out", 1)
+    noise = torch.randn(2, small.HORIZON, 8)
+    assert torch.equal(chunk(_load_pretrained_policy(config), noise), chunk(policies[-1], noise))
+    stock = OFPPolicy.from_pretrained(base, config=small.ofp_config())
+    assert not torch.equal(chunk(stock, noise), chunk(policies[-1], noise))
+
+
+def test_resumed_equals_uninterrupted(trained, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(trained / "checkpoints" / "000002", output / "checkpoints" / "000002")
+    config = runs.checkpoint(output, 2) / "train_config.json"
+    runs.lerobot_train(f"--config_path={config}", "--resume=true", f"--output_dir={output}")
+    assert_same(adapter(output, 4), adapter(trained, 4))
+    ours, theirs = state(output, 4), state(trained, 4)
+    assert_same(ours.teacher, theirs.teacher)
+    assert (ours.step, ours.seed) == (theirs.step, theirs.seed) == (4, 7)
+
+
+def test_adapter_without_the_new_branch_is_refused(base, dataset, tmp_path):
+    modules = '["action_in_proj","time_mlp_out"]'
+    with pytest.raises(ValueError, match=r"target_time_mlp_in.*--peft.full_training_modules"):
+        runs.lerobot_train(*flags(base, dataset, tmp_path / "out", **{"peft.full_training_modules": modules}))
+
+
+def test_adapter_without_the_new_branch_is_fine_where_it_does_not_train(base, dataset, tmp_path):
+    modules = {"peft.full_training_modules": '["action_out_proj"]'}
+    runs.lerobot_train(
+        *flags(base, dataset, tmp_path / "out", steps=1, **modules), "--policy.objective=flow_matching"
+    )
+    assert not [name for name in adapter(tmp_path / "out", 1) if "target_time" in name]
+
+
+def test_from_scratch_is_refused_as_lerobot_does(dataset, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="from scratch using PEFT"):
+        runs.lerobot_train(
+            *runs.train_flags(dataset, tmp_path / "out", **{"peft.method_type": "LORA"}),
+            *runs.policy_flags(tokenizer),
+        )

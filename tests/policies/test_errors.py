@@ -1,0 +1,146 @@
+"""Bad input: one clear error that names what to change; never random weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import ACTION
+from safetensors.torch import load_file, save_file
+
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    small.ofp_policy().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_truncated_weights(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged or incomplete.*again"):
+        OFPPolicy.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape"])
+def test_weights_that_do_not_fit(copy, change):
+    state = load_file(copy / "model.safetensors")
+    if change == "missing":
+        del state["model.target_time_mlp_in.bias"]  # an `ofp` checkpoint has it
+    elif change == "unexpected":
+        state["model.state_proj.weight"] = torch.zeros(2, 2)
+    else:
+        state["model.action_in_proj.weight"] = torch.zeros(128, 7)
+    save_file(state, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=f"1 {change}: model.*pretrained_path"):
+        OFPPolicy.from_pretrained(copy)
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        OFPPolicy.from_pretrained(copy)
+
+
+def test_foreign_checkpoint(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "type": "act"}))
+    with pytest.raises(ValueError, match="is a 'act' checkpoint; policy type 'ofp' starts from 'pi05' or 'ofp'"):
+        OFPPolicy.from_pretrained(copy, config=small.ofp_config())
+
+
+@pytest.mark.parametrize("source", ["/no/such/checkpoint", "./no/such", "nobody/nothing"])
+def test_no_checkpoint(source):
+    with pytest.raises(FileNotFoundError, match="pretrained_path"):
+        OFPPolicy.from_pretrained(source, config=small.ofp_config())
+
+
+def test_tied_weights_of_openpi_are_untied(copy):
+    state = load_file(copy / "model.safetensors")
+    head = "model.paligemma_with_expert.paligemma.lm_head.weight"
+    embedding = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    kept = state.pop(embedding)
+    state[head] = kept
+    save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, copy / "model.safetensors")
+    loaded = OFPPolicy.from_pretrained(copy)
+    assert torch.equal(loaded.state_dict()[embedding], kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"n_action_steps": 9}, r"n_action_steps \(9\) must not exceed chunk_size \(8\)"),
+        ({"n_action_steps": 0}, "n_action_steps must be at least 1"),
+        ({"warm_start": 1.0}, "warm_start must be in"),
+        ({"sampler": "heun"}, "sampler must be one of flow_map, euler"),
+        ({"objective": "magic"}, "objective must be one of"),
+        ({"paligemma_variant": "gemma_9b"}, "paligemma_variant must be one of"),
+        ({"condition_dropout": 0.0}, "condition_dropout = 0 never trains"),
+        ({"schedule_steps": 0}, "schedule_steps must be at least 1"),
+        ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),
+        ({"image_resolution": (32, 64)}, "image_resolution must be square"),
+    ],
+)
+def test_settings_out_of_range(changes, told):
+    with pytest.raises(ValueError, match=told):
+        small.ofp_config(**changes)
+
+
+def test_action_larger_than_the_network():
+    with pytest.raises(ValueError, match="action has 9 dimensions, max_action_dim is 8: set --policy.max_action_dim"):
+        OFPPolicy(small.ofp_config(output_features={ACTION: PolicyFeature(FeatureType.ACTION, (9,))}))
+
+
+def test_missing_quantiles():
+    names = ("mean", "std", "min", "max")
+    stats = {key: {n: torch.zeros(5) for n in names} for key in ("observation.state", ACTION)}
+    with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*augment_dataset"):
+        OFPPolicy(small.ofp_config(), dataset_stats=stats)
+
+
+def test_wrong_cameras():
+    policy, batch = small.ofp_policy(), small.batch(2, cameras=("observation.images.front",))
+    with pytest.raises(ValueError, match=r"none of the policy's cameras \['observation.images.top'.*images.front"):
+        policy.predict_action_chunk(batch)
+
+
+def test_wrong_action_size_in_the_batch():
+    policy, batch = small.ofp_policy(), small.batch(2)
+    batch[ACTION] = batch[ACTION][..., :3]
+    policy.train()
+    with pytest.raises(ValueError, match=r"actions must be \(batch, chunk_size=8, 5\), got \(2, 8, 3\)"):
+        policy(batch)
+
+
+def test_answers_that_are_not_finite():
+    policy = small.ofp_policy()
+    with torch.no_grad():
+        policy.model.action_out_proj.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="the policy answered NaN or infinite actions"):
+        policy.predict_action_chunk(small.batch(1))
+
+
+def test_token_outside_the_vocabulary():
+    policy, batch = small.ofp_policy(), small.batch(1)
+    batch["observation.language.tokens"][0, 0] = small.VOCABULARY
+    with pytest.raises(ValueError, match="token 512 is outside the vocabulary of 512.*tokenizer"):
+        policy.predict_action_chunk(batch)
+
+
+def test_absent_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = small.ofp_config(device="cuda")
+    with pytest.raises(ValueError, match="device 'cuda' is not available.*--policy.device=cpu"):
+        OFPPolicy(config)

@@ -1,0 +1,155 @@
+"""The shared prefix and the velocity pass: every shortcut equals the plain computation."""
+
+import pytest
+import torch
+
+from ofp_lerobot.policies.ofp.network import NEW_PARAMETERS, Prefix, attend
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(2)
+    return small.ofp_policy(branch=0.1)
+
+
+def inputs(policy, b=3, draws=2, seed=1):
+    batch = small.batch(b, seed=seed)
+    n = b * draws
+    t = torch.rand(n)
+    return policy._prepare_observation(batch), torch.randn(n, small.HORIZON, 8), t, t * torch.rand(n)
+
+
+def one(prefix: Prefix, i: int) -> Prefix:
+    return prefix.rows(torch.tensor([i]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_draws_of_an_observation_share_its_prefix_and_do_not_see_each_other(policy, attention):
+    policy.model.attention = attention
+    observation, x, t, r = inputs(policy, b=3, draws=3)
+    prefix = policy.model.encode(*observation)
+    together = policy.model(prefix, x, t, r)
+    for i in range(len(x)):
+        alone = policy.model(one(prefix, i % 3), x[i : i + 1], t[i : i + 1], r[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    by_row = policy.model(prefix, x, t, r, row=torch.arange(9) % 3)
+    torch.testing.assert_close(by_row, together, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_encoding_is_independent_of_the_batch_and_of_padding(policy):
+    batch = small.batch(3, seed=8)
+    images, tokens, mask = policy._prepare_observation(batch)
+    prefix = policy.model.encode(images, tokens, mask)
+    _, x, t, r = inputs(policy, draws=1)
+    together = policy.model(prefix, x, t, r)
+    for i in range(3):
+        real = int(mask[i].sum())
+        assert real < tokens.shape[1] or i == 0
+        alone = policy.model.encode(images[i : i + 1], tokens[i : i + 1, :real], mask[i : i + 1, :real])
+        torch.testing.assert_close(
+            policy.model(alone, x[i : i + 1], t[i : i + 1], r[i : i + 1]), together[i : i + 1], atol=1e-5, rtol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_without_condition_nothing_of_the_prefix_is_seen_and_positions_start_at_zero(policy):
+    observation, x, t, r = inputs(policy, b=3, draws=1)
+    prefix = policy.model.encode(*observation)
+    keep = torch.tensor([True, False, True])
+    dropped = policy.model(prefix, x, t, r, keep)
+    kept = policy.model(prefix, x, t, r)
+    torch.testing.assert_close(dropped[[0, 2]], kept[[0, 2]], atol=1e-6, rtol=1e-6)
+    none = Prefix(
+        tuple(k[1:2, :, :0] for k in prefix.keys), tuple(v[1:2, :, :0] for v in prefix.values), prefix.mask[1:2, :0]
+    )
+    torch.testing.assert_close(dropped[1:2], policy.model(none, x[1:2], t[1:2], r[1:2]), atol=1e-5, rtol=1e-5)
+    assert (dropped[1] - kept[1]).abs().max() > 1e-3
+
+
+def test_gradients_through_shared_and_checkpointed_passes_equal_those_of_separate_ones(policy):
+    observation, x, t, r = inputs(policy, b=2, draws=3)
+
+    def gradients(run):
+        policy.zero_grad()
+        run().square().sum().backward()
+        return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    def separate():
+        prefix = policy.model.encode(*observation)
+        return torch.cat([policy.model(prefix, *(a[i : i + 2] for a in (x, t, r))) for i in range(0, 6, 2)])
+
+    plain = gradients(separate)
+    shared = gradients(lambda: policy.model(policy.model.encode(*observation), x, t, r))
+    policy.train()
+    policy.model.set_gradient_checkpointing(True)
+    checkpointed = gradients(lambda: policy.model(policy.model.encode(*observation), x, t, r))
+    policy.model.set_gradient_checkpointing(False)
+    policy.eval()
+    assert plain.keys() == shared.keys() == checkpointed.keys()
+    for name, expected in plain.items():
+        tolerance = 1e-4 * max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(shared[name], expected, atol=tolerance, rtol=1e-4, msg=name)
+        torch.testing.assert_close(checkpointed[name], shared[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_the_formula(kv_heads, per_query):
+    q = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, 7, 6, dtype=torch.float64)
+    mask = torch.rand(2, 1, 5 if per_query else 1, 7) < 0.7
+    mask[..., 0] = True
+    expected = torch.empty_like(q)
+    for b in range(2):
+        for h in range(4):
+            for i in range(5):
+                kv = h // (4 // kv_heads)
+                seen = mask[b, 0, i if per_query else 0]
+                weight = (k[b, kv][seen] @ q[b, h, i] * 0.3).softmax(0)
+                expected[b, h, i] = weight @ v[b, kv][seen]
+    torch.testing.assert_close(attend(q, k, v, mask, 0.3, "sdpa"), expected)
+    torch.testing.assert_close(attend(q, k, v, mask, 0.3, "eager"), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_nothing_reads_is_kept_in_the_state_dict_and_out_of_the_optimiser():
+    policy = small.ofp_policy(monitor_freq=0)
+    policy.train()
+    policy(small.batch(2))[0].backward()
+    trainable = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert [n for n, p in trainable.items() if p.grad is None] == []
+    assert len(policy.get_optim_params()) == len(trainable)
+    frozen = {n for n, p in policy.named_parameters() if not p.requires_grad}
+    assert any("lm_head" in n for n in frozen) and frozen <= set(policy.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "frozen"),
+    [({"train_expert_only": True}, ".paligemma."), ({"freeze_vision_encoder": True}, ".vision_tower.")],
+)
+def test_frozen_parts_do_not_train(changes, frozen):
+    policy = small.ofp_policy(**changes)
+    policy.train()
+    policy(small.batch(2))[0].backward()
+    for name, parameter in policy.named_parameters():
+        if frozen in name:
+            assert parameter.grad is None and not parameter.requires_grad
+    assert policy.model.target_time_mlp_out.weight.grad.abs().max() > 0
+
+
+def test_bfloat16_is_close_to_float32(policy):
+    half = small.ofp_policy(dtype="bfloat16")
+    half.load_state_dict(policy.state_dict())
+    batch, noise = small.batch(2, seed=3), torch.randn(2, small.HORIZON, 8)
+    exact, rounded = (p.predict_action_chunk(batch, noise=noise) for p in (policy, half))
+    assert (exact - rounded).norm() / exact.norm() < 1e-2
+    frequencies = half.model.expert.rotary_emb.inv_freq
+    assert torch.equal(frequencies, policy.model.expert.rotary_emb.inv_freq)
+
+
+def test_the_new_parameters_are_the_target_time_branch_and_nothing_else(policy):
+    stock = small.stock_policy(policy)
+    ours = {name.removeprefix("model.") for name in policy.state_dict()}
+    assert ours - {name.removeprefix("model.") for name in stock.state_dict()} == NEW_PARAMETERS

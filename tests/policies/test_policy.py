@@ -1,0 +1,128 @@
+"""Loss, teacher and acting of the policy, apart from LeRobot's scripts."""
+
+import pytest
+import torch
+from lerobot.utils.constants import ACTION
+
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from tests import small
+
+
+def loss_of(policy, batch, seed=0):
+    torch.manual_seed(seed)
+    policy._seed = None
+    policy._calls = 0
+    policy.train()
+    return policy(batch, reduction="none")
+
+
+@pytest.mark.parametrize("objective", ["ofp", "flow_matching"])
+def test_padded_steps_do_not_enter_the_loss(objective):
+    policy = small.ofp_policy(objective=objective, monitor_freq=0)
+    batch = small.batch(2)
+    batch["action_is_pad"] = torch.zeros(2, small.HORIZON, dtype=torch.bool)
+    batch["action_is_pad"][0, 5:] = True
+    prefix = policy.model.encode(*policy._prepare_observation(batch))
+    _, mask, _ = policy._prepare_actions(batch)
+    assert mask[0, :5, : small.ACTIONS].all() and not mask[0, 5:].any() and not mask[..., small.ACTIONS :].any()
+    # No gradient reaches the velocities there.
+    velocities = []
+    bound = policy._bind(prefix)
+
+    def record(*args, **kwargs):
+        u = bound(*args, **kwargs)
+        if u.requires_grad:
+            u.retain_grad()
+            velocities.append(u)
+        return u
+
+    policy._bind = lambda _: record
+    policy.train()
+    policy(batch)[0].backward()
+    gradient = velocities[0].grad
+    first = gradient[::2]  # samples of observation 0
+    assert first[:, 5:].abs().max() == 0 and gradient[..., small.ACTIONS :].abs().max() == 0
+    assert first[:, :5, : small.ACTIONS].abs().min() > 0
+
+
+def test_not_finite_actions_are_refused_and_leave_the_weights_alone():
+    policy = small.ofp_policy()
+    batch = small.batch(2)
+    batch[ACTION][1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite actions in a training batch"):
+        loss_of(policy, batch)
+    _, mask, finite = policy._prepare_actions(batch)
+    assert not finite and not mask[1, 2, 3] and mask[1, 2, 2]
+
+
+def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
+    policy = small.ofp_policy(schedule_steps=2000)
+    batch = small.batch(2)
+    policy.train()
+    policy(batch)
+    names = list(policy._teacher)
+    expected = {n: policy.model.get_parameter(n).detach().double() for n in names}
+    for step in range(3):
+        with torch.no_grad():
+            for p in policy.get_optim_params():
+                p.add_(0.01 * (step + 1))
+        policy.update()
+        for n in names:  # horizon of 20 steps: one percent of the schedule
+            expected[n] = 0.95 * expected[n] + 0.05 * policy.model.get_parameter(n).detach().double()
+    for n in names:
+        torch.testing.assert_close(policy._teacher[n].double(), expected[n], atol=1e-6, rtol=1e-5)
+    other = small.ofp_policy()
+    other.load_state_dict(policy.state_dict())
+    with torch.no_grad():
+        for n in names:
+            other.model.get_parameter(n).copy_(policy._teacher[n])
+        prefix = policy.model.encode(*policy._prepare_observation(batch))
+        x, t = torch.randn(2, small.HORIZON, 8), torch.rand(2)
+        torch.testing.assert_close(policy._bind_teacher(prefix)(x, t, t * 0.5), other.model(prefix, x, t, t * 0.5))
+
+
+def test_logs_have_the_same_names_at_every_step_and_evaluation_needs_no_teacher():
+    policy, batch = small.ofp_policy(schedule_steps=2, contraction_fraction=0.5, monitor_freq=2), small.batch(2)
+    policy.eval()
+    with torch.no_grad():
+        first, _ = policy(batch)
+        policy.eval()
+        again, _ = policy(batch)
+    assert torch.equal(first, again) and policy._teacher is None
+    names = []
+    for _ in range(3):
+        policy.train()
+        _, logs = policy(batch)
+        assert all(isinstance(v, float) for v in logs.values())
+        names.append(sorted(logs))
+        policy.update()
+    assert names[0] == names[1] == names[2] and "one_ten_gap" in names[0]
+
+
+def test_save_load_same_actions_bit_for_bit(tmp_path):
+    policy = small.ofp_policy(branch=0.2, num_inference_steps=2)
+    policy.save_pretrained(tmp_path)
+    loaded = OFPPolicy.from_pretrained(tmp_path)
+    batch, noise = small.batch(3), torch.randn(3, small.HORIZON, 8)
+    assert torch.equal(policy.predict_action_chunk(batch, noise=noise), loaded.predict_action_chunk(batch, noise=noise))
+
+
+def test_one_step_is_noise_minus_velocity():
+    policy, batch = small.ofp_policy(branch=0.2), small.batch(2)
+    noise = torch.randn(2, small.HORIZON, 8)
+    with torch.no_grad():
+        prefix = policy.model.encode(*policy._prepare_observation(batch))
+        u = policy.model(prefix, noise, torch.ones(2), torch.zeros(2))
+    torch.testing.assert_close(
+        policy.predict_action_chunk(batch, noise=noise), (noise - u)[..., : small.ACTIONS], atol=0, rtol=0
+    )
+
+
+def test_select_action_executes_n_action_steps_of_each_chunk():
+    policy, batch = small.ofp_policy(branch=0.2), small.batch(2)
+    noises = [torch.randn(2, small.HORIZON, 8) for _ in range(2)]
+    chunks = [policy.predict_action_chunk(batch, noise=noise) for noise in noises]
+    policy.reset()
+    for chunk, noise in zip(chunks, noises, strict=True):
+        for i in range(4):
+            assert torch.equal(policy.select_action(batch, noise=noise), chunk[:, i])
