@@ -110,10 +110,16 @@ def test_missing_quantiles():
         OFPPolicy(small.ofp_config(), dataset_stats=stats)
 
 
-def test_wrong_cameras():
-    policy, batch = small.ofp_policy(), small.batch(2, cameras=("observation.images.front",))
-    with pytest.raises(ValueError, match=r"none of the policy's cameras \['observation.images.top'.*images.front"):
+@pytest.mark.parametrize("present", [(), small.CAMERAS[:1]])
+def test_wrong_cameras(present):
+    policy, batch = small.ofp_policy(), small.batch(2, cameras=(*present, "observation.images.front"))
+    with pytest.raises(ValueError, match=r"cameras \[.*'observation.images.wrist'\] are not in .*images.front"):
         policy.predict_action_chunk(batch)
+
+
+def test_no_cameras():
+    with pytest.raises(ValueError, match="are not in the batch, which has no other instead"):
+        small.ofp_policy().predict_action_chunk(small.batch(1, cameras=()))
 
 
 def test_wrong_action_size_in_the_batch():

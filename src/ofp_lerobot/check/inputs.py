@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import draccus
 import torch
 from draccus.utils import DecodingError
-from huggingface_hub.errors import HfHubHTTPError
+from httpx import HTTPError  # of the Hub's client
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import NormalizationMode
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
@@ -57,7 +58,7 @@ def resolve_source(name: str) -> str | Path:
     if not path.is_dir():
         return name
     inner = path / PRETRAINED_MODEL_DIR
-    return inner if inner.is_dir() and not (path / "config.json").is_file() else path
+    return inner if inner.is_dir() and not (path / CONFIG_NAME).is_file() else path
 
 
 def resolve_device(name: str | None) -> str:
@@ -83,10 +84,14 @@ def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
     """
     register_third_party_plugins()
     try:
-        raw = weights.read_config(source)
-    except (ValueError, FileNotFoundError, HfHubHTTPError) as error:
+        path = weights.find_file(source, CONFIG_NAME)
+    except (FileNotFoundError, HTTPError) as error:
         raise CheckError(error) from error
-    kind = raw.pop("type")
+    raw = json.loads(path.read_text()) if path is not None else {}
+    kind = raw.pop("type", None)
+    if kind not in ("ofp", "pi05"):
+        found = f"a checkpoint of type {kind!r}" if kind else f"no LeRobot checkpoint (it has no type in {CONFIG_NAME})"
+        raise CheckError(f"{source} is {found}: only `ofp` and `pi05` policies can be checked")
     if kind == "pi05":
         raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
         raw["tokenizer_max_length"] = None  # the checkpoint's processors know it
@@ -150,7 +155,7 @@ def load_processors(
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
     try:
         processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
-    except (OSError, ValueError, KeyError, HfHubHTTPError, ProcessorMigrationError) as error:
+    except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError) as error:
         raise CheckError(f"the processors of {source} cannot be loaded: {error}") from error
     for pipeline in processors:
         for step in pipeline.steps:
@@ -185,7 +190,7 @@ def load_metadata(repo_id: str | None, root: Path | None) -> LeRobotDatasetMetad
         repo_id = f"local/{root.resolve().name}"
     try:
         return LeRobotDatasetMetadata(repo_id, root)
-    except (OSError, ValueError, NotImplementedError, HfHubHTTPError) as error:
+    except (OSError, ValueError, NotImplementedError, HTTPError) as error:
         raise CheckError(f"dataset {repo_id} cannot be loaded from {root or 'cache or Hub'}: {error}") from error
 
 
@@ -274,7 +279,7 @@ def load_episodes(
             episodes=episodes,
             delta_timestamps=resolve_delta_timestamps(config, metadata),
         )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise CheckError(f"episodes of {metadata.repo_id} cannot be loaded: {error}") from error
 
 

@@ -111,4 +111,8 @@ def limits(result: dict[str, Any]) -> list[str]:
     successive = result["successive"]
     if successive and "one_warm" in successive:
         told.append("Warm start can hide a broken one-step map: judge the rows without it.")
+    if result["latency_ms"]:
+        told.append(
+            "Latency is this machine's for one observation, without pre- and postprocessing and with compile_model off."
+        )
     return told

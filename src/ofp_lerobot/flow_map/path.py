@@ -87,4 +87,4 @@ def blend_prefix(actions: Tensor, previous: Tensor, weights: Tensor) -> Tensor:
     actions and previous (n, horizon, a), weights (horizon,) in [0, 1]. LeRobot's guided form
     differentiates through the denoiser and does not keep a frozen prefix when there is one step only.
     """
-    return actions + weights.view(1, -1, 1) * (previous - actions)
+    return torch.lerp(actions, previous, weights.view(1, -1, 1))

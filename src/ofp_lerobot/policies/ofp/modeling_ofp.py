@@ -17,7 +17,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.common.vla_utils import pad_vector, resize_with_pad_torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Generator, Tensor
 from transformers.initialization import no_init_weights
 
@@ -280,8 +280,10 @@ class OFPPolicy(PreTrainedPolicy):
     def _prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Images (b, cameras, 3, h, w) in [-1, 1] of the cameras present, tokens and their mask, padding cut."""
         keys = [key for key in self.config.image_features if key in batch]
-        if not keys:
-            raise ValueError(self._no_cameras(batch))
+        absent = [key for key in self.config.image_features if key not in batch and "empty_camera" not in key]
+        unknown = [key for key in batch if key.startswith(OBS_IMAGE) and key not in self.config.image_features]
+        if not keys or (absent and unknown):  # fewer cameras are fine, other names are a mistake
+            raise ValueError(self._other_cameras(absent, unknown))
         device = self.model.action_in_proj.weight.device
         images = torch.stack([self._prepare_image(key, batch[key].to(device)) for key in keys], dim=1)
         tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
@@ -306,22 +308,18 @@ class OFPPolicy(PreTrainedPolicy):
             image = resize_with_pad_torch(image, *self.config.image_resolution)
         return image * 2.0 - 1.0
 
-    def _no_cameras(self, batch: dict[str, Tensor]) -> str:
-        found = [key for key in batch if key.startswith(OBS_IMAGES)]
-        expected = list(self.config.image_features)
-        message = f"none of the policy's cameras {expected} is in the batch, which has {found}."
-        if not found:
-            return message
+    def _other_cameras(self, absent: list[str], unknown: list[str]) -> str:
+        message = f"the policy's cameras {absent} are not in the batch, which has {unknown or 'no other'} instead."
+        if len(absent) != len(unknown):
+            return message + " Check the camera names, or give --rename_map"
+        renamed = dict(zip(absent, unknown, strict=True))
         features = {
-            key: {"type": "VISUAL", "shape": list(self.config.image_features[old].shape)}
-            for key, old in zip(found, expected, strict=False)
+            renamed.get(key, key): {"type": feature.type.value, "shape": list(feature.shape)}
+            for key, feature in (self.config.input_features or {}).items()
         }
-        for key, feature in (self.config.input_features or {}).items():
-            if key not in expected:
-                features[key] = {"type": feature.type.value, "shape": list(feature.shape)}
         return message + (
-            " With --rename_map LeRobot still takes the features' names from the dataset; give the renamed ones too: "
-            f"--policy.input_features='{json.dumps(features)}'"
+            " Check the camera names. If this run has a --rename_map: LeRobot takes the features' names from the "
+            f"dataset all the same, so give the renamed ones too: --policy.input_features='{json.dumps(features)}'"
         )
 
     def _prepare_actions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
