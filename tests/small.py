@@ -1,14 +1,11 @@
 """Small real things the tests share: an `ofp` policy, a batch, and stock LeRobot π₀.₅ of the same size."""
 
-from contextlib import contextmanager
-from unittest.mock import patch
-
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from transformers.models.auto import CONFIG_MAPPING
 
+from benchmarks.stock import shrunk
 from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 
@@ -68,43 +65,10 @@ def batch(b=2, *, cameras=CAMERAS, text=TEXT, seed=0):
     }
 
 
-@contextmanager
-def shrunk_stock(vocabulary=VOCABULARY, gemma="gemma_tiny", vision="siglip_tiny"):
-    """LeRobot's own π₀.₅ code, shrunk from outside: Gemma's sizes, and a vision configuration that keeps its own.
-
-    The vocabulary follows through the two configuration classes that LeRobot asks for.
-    """
-    from lerobot.policies.pi05 import modeling_pi05
-
-    size, siglip = SMALL_GEMMA[gemma], SMALL_SIGLIP[vision]
-
-    class Frozen:
-        def __init__(self, config, values):
-            for name, value in values.items():
-                setattr(config, name, value)
-            kind = type(config)
-            keep = {name: property(lambda _, v=value: v, lambda *_: None) for name, value in values.items()}
-            config.__class__ = type(kind.__name__, (kind,), keep)
-
-    class Mapping:
-        def __getitem__(self, name):
-            def make(**kwargs):
-                if "vocab_size" in kwargs:
-                    kwargs["vocab_size"] = vocabulary
-                config = CONFIG_MAPPING[name](**kwargs)
-                if name == "paligemma":
-                    Frozen(config.vision_config, {**siglip, "projection_dim": size.width})
-                    Frozen(config.text_config, {"vocab_size": vocabulary})
-                    config.text_config.pad_token_id = None
-                return config
-
-            return make
-
-    with (
-        patch.object(modeling_pi05, "get_gemma_config", lambda _: size),
-        patch.object(modeling_pi05, "CONFIG_MAPPING", Mapping()),
-    ):
-        yield
+def shrunk_stock():
+    """LeRobot's own π₀.₅ code in the size of `ofp_policy`."""
+    size = SMALL_GEMMA["gemma_tiny"]
+    return shrunk({"gemma_2b": size, "gemma_300m": size}, SMALL_SIGLIP["siglip_tiny"], VOCABULARY, size.width)
 
 
 def stock_policy(ofp: OFPPolicy, **changes):

@@ -42,8 +42,6 @@ SMALL_SIGLIP = {
         "patch_size": 16,
     },
 }
-GEMMA_VARIANTS = ("gemma_2b", "gemma_300m", *SMALL_GEMMA)
-VISION_VARIANTS = ("siglip_so400m", *SMALL_SIGLIP)
 
 _save_hooks: dict[int, "WeakMethod[Callable[[Path], None]]"] = {}
 
@@ -94,9 +92,10 @@ class OFPConfig(PI05Config):
         wanted = self.device
         super(PI05Config, self).__post_init__()
         self._absent_device = wanted if wanted and wanted != self.device else None
-        _choice("paligemma_variant", self.paligemma_variant, GEMMA_VARIANTS)
-        _choice("action_expert_variant", self.action_expert_variant, GEMMA_VARIANTS)
-        _choice("vision_variant", self.vision_variant, VISION_VARIANTS)
+        gemma = ("gemma_2b", "gemma_300m", *SMALL_GEMMA)
+        _choice("paligemma_variant", self.paligemma_variant, gemma)
+        _choice("action_expert_variant", self.action_expert_variant, gemma)
+        _choice("vision_variant", self.vision_variant, ("siglip_so400m", *SMALL_SIGLIP))
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
         _choice("sampler", self.sampler, ("flow_map", "euler"))
         _choice("objective", self.objective, tuple(OBJECTIVES))

@@ -1,0 +1,178 @@
+"""One OFP training step against one stock LeRobot π₀.₅ step: operations counted at real size, time measured here.
+
+    python -m benchmarks.training --json outputs/training.json
+
+FLOPs are counted at real size without weights (fake tensors); both sides get all cameras and the whole padded text,
+so that what cutting the text saves is not in the ratio. Times are of whole steps (forward, backward, AdamW, teacher)
+at `--preset`, ours and stock's by turns in one process.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.presets import PRESETS, Preset, make_batch, make_ofp, make_stock
+
+MODES: dict[str, dict[str, Any]] = {"full": {}, "expert_only": {"train_expert_only": True}}
+AFTER_CONTRACTION = 0.9  # progress at which guidance is on
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "conditional, guidance off": {"first_segment": "conditional", "guidance_weight": 0.0},
+    "marginal, guidance off": {"first_segment": "marginal", "guidance_weight": 0.0},
+    "marginal, guidance on": {"first_segment": "marginal"},
+}
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Tensors made inside have shapes and no values, so any size fits; attention is plain, so that it is counted."""
+    stay = patch.object(torch.nn.Module, "to", lambda module, *_args, **_kwargs: module)  # fake weights cannot move
+    with FakeTensorMode(allow_non_fake_inputs=True), stay, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def count_stock(preset: Preset, **changes: Any) -> int:
+    """FLOPs of forward and backward of stock's training pass, batch 1."""
+    with weightless():
+        policy, batch = make_stock(preset, **changes), make_batch(preset, 1)
+        policy.train()
+        images, masks = policy._preprocess_images(batch)
+        actions = policy.prepare_action(batch)
+        tokens = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        with FlopCounterMode(display=False) as counter:
+            policy.model.forward(
+                images, masks, *tokens, actions, torch.randn_like(actions), torch.rand(1)
+            ).mean().backward()
+    return counter.get_total_flops()
+
+
+def count_ours(preset: Preset, **changes: Any) -> int:
+    """FLOPs of forward and backward of our whole training step, batch 1, text not cut."""
+    with weightless():
+        policy, batch = make_ofp(preset, monitor_freq=0, schedule_steps=100, **changes), make_batch(preset, 1)
+        policy.train()
+        policy._step = int(AFTER_CONTRACTION * 100)
+        images = torch.stack([policy._prepare_image(k, batch[k]) for k in policy.config.image_features], dim=1)
+        observation = images, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        # Fake tensors have no values to read: the text's length and the logs.
+        policy._prepare_observation = lambda _: observation  # type: ignore[method-assign]
+        policy._log = lambda _: {}  # type: ignore[method-assign]
+        with FlopCounterMode(display=False) as counter:
+            policy(batch)[0].backward()
+    return counter.get_total_flops()
+
+
+def count_parts(preset: Preset) -> dict[str, int]:
+    """Forward FLOPs of the prefix and of one suffix pass, batch 1."""
+    with weightless(), torch.no_grad():
+        policy, batch = make_ofp(preset), make_batch(preset, 1)
+        images = torch.stack([policy._prepare_image(k, batch[k]) for k in policy.config.image_features], dim=1)
+        with FlopCounterMode(display=False) as prefix_counter:
+            prefix = policy.model.encode(images, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
+        x = torch.randn(1, preset.horizon, policy.config.max_action_dim)
+        with FlopCounterMode(display=False) as suffix_counter:
+            policy.model(prefix, x, torch.ones(1), torch.zeros(1))
+    return {"prefix": prefix_counter.get_total_flops(), "suffix": suffix_counter.get_total_flops()}
+
+
+def make_step(policy: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A whole training step as LeRobot's loop makes it."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
+    policy.train()
+
+    def step() -> None:
+        loss, _ = policy(dict(batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if hasattr(policy, "update"):
+            policy.update()
+
+    return step
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(preset: Preset, device: str, batch_size: int, repeats: int, **changes: Any) -> dict[str, Any]:
+    """Times of ours and stock's by turns; the ratio is the median of the turns' ratios."""
+    batch = make_batch(preset, batch_size, device)
+    ours = make_step(
+        make_ofp(preset, device, monitor_freq=0, schedule_steps=1000, contraction_fraction=0.0, **changes), batch
+    )
+    stock = make_step(make_stock(preset, device, **changes), batch)
+    ours()
+    stock()
+    pairs = [(seconds(ours, device), seconds(stock, device)) for _ in tqdm(range(repeats), desc="pairs")]
+    ratios = [a / b for a, b in pairs]
+    return {
+        "ours_s": statistics.median(a for a, _ in pairs),
+        "stock_s": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    result: dict[str, Any] = {"preset": arguments.preset, "device": arguments.device, "torch": torch.__version__}
+    parts = {name: count_parts(preset) for name, preset in PRESETS.items()}
+    result["forward_flops"] = parts
+    for name, part in parts.items():
+        print(f"{name}: {PRESETS[name]}")
+        print(f"  prefix {part['prefix'] / 1e9:.1f} GFLOP, suffix pass {part['suffix'] / 1e9:.2f}, "
+              f"{part['prefix'] / part['suffix']:.0f} : 1")  # fmt: skip
+
+    print("\ncounted FLOPs of a training step at real size, ours over stock's (text not cut)")
+    result["flop_ratios"] = {}
+    for mode, changes in MODES.items():
+        stock = count_stock(PRESETS["real"], **changes)
+        for objective, settings in OBJECTIVES.items():
+            ratio = count_ours(PRESETS["real"], **changes, **settings) / stock
+            result["flop_ratios"][f"{mode}, {objective}"] = ratio
+            print(f"  {mode:12} {objective:28} {ratio:.3f}")
+
+    preset = PRESETS[arguments.preset]
+    print(f"\ntime of a training step, defaults, {arguments.preset} on {arguments.device}, batch {arguments.batch}")
+    result["times"] = {
+        mode: measure(preset, arguments.device, arguments.batch, arguments.repeats, dtype=arguments.dtype, **changes)
+        for mode, changes in MODES.items()
+    }
+    for mode, row in result["times"].items():
+        print(f"  {mode:12} ours {row['ours_s'] * 1e3:8.1f} ms  stock {row['stock_s'] * 1e3:8.1f} ms  "
+              f"ratio {row['ratio']:.3f} [{row['ratio_range'][0]:.3f}, {row['ratio_range'][1]:.3f}]")  # fmt: skip
+    result["ratios"] = {mode: row["ratio"] for mode, row in result["times"].items()}
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
