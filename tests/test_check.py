@@ -281,7 +281,7 @@ def test_plain_pi05_is_judged_by_one_step_flow_matching(copied, dataset, tmp_pat
     torch.testing.assert_close(ours["one"][:, 0], euler[..., : small.ACTIONS], atol=1e-5, rtol=1e-5)
 
 
-def test_adapter(saved, dataset, tmp_path):
+def test_adapter(saved, tmp_path):
     policy = OFPPolicy.from_pretrained(saved)
     policy.config.pretrained_path = saved
     peft = policy.wrap_with_peft(peft_cli_overrides={"method_type": "LORA", "r": 2})

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .simulator import ACTION_DIM, CONTROL_RATE, STATE_DIM, Simulator, description, expert, state_of
+from .simulator import ACTION_DIM, STEP_RATE, STATE_DIM, Simulator, description, expert, state_of
 
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
 REPO_ID = "local/quickstart"
 
 _GAIN = 10.0  # displacement per metre of distance on the detour
 _ARRIVED = 0.03  # metres
-_PATIENCE = 40  # steps after which a detour ends wherever the hand is
+_PATIENCE = 40  # simulator steps after which a detour ends wherever the hand is
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Recording:
     task: str = "window-open-v3"
     camera: str = "corner2"
     image_size: int = 64
-    episodes: int = 80
+    action_repeat: int = 2
+    episodes: int = 160
     seed: int = 0
     detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
     noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
-    max_steps: int = 300
+    max_steps: int = 150
 
     @property
     def styles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -57,10 +58,10 @@ class Episode(NamedTuple):
 class Demonstrator:
     """MetaWorld's expert after a detour through `start + detour`; call it with each raw observation in turn."""
 
-    def __init__(self, task: str, start: NDArray[np.float64], detour: NDArray[np.float64]) -> None:
-        self._expert = expert(task)
+    def __init__(self, simulator: Simulator, start: NDArray[np.float64], detour: NDArray[np.float64]) -> None:
+        self._expert = expert(simulator.task)
         self._via = start[:3] + detour
-        self._steps_left = _PATIENCE
+        self._steps_left = _PATIENCE // simulator.action_repeat
 
     def __call__(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         action = self._expert(raw)
@@ -85,7 +86,7 @@ def demonstrate(
 ) -> Episode:
     """One episode from the start `seed` draws, until the task is solved; with `image_size` None without pictures."""
     raw = simulator.reset(seed)
-    demonstrator = Demonstrator(simulator.task, raw, detour)
+    demonstrator = Demonstrator(simulator, raw, detour)
     images, states, actions, solved = [], [], [], False
     while not solved and len(actions) < max_steps:
         if image_size is not None:
@@ -112,7 +113,7 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
         STATE: {"dtype": "float32", "shape": (STATE_DIM,), "names": ["x", "y", "z", "gripper"]},
         ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": ["dx", "dy", "dz", "gripper"]},
     }
-    dataset = LeRobotDataset.create(REPO_ID, CONTROL_RATE, features, root=root, use_videos=False)
+    dataset = LeRobotDataset.create(REPO_ID, STEP_RATE // recording.action_repeat, features, root=root, use_videos=False)
     prompt = description(recording.task)
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(recording,)
@@ -137,7 +138,8 @@ _simulator: Simulator
 
 def _start_worker(recording: Recording) -> None:
     global _recording, _simulator
-    _recording, _simulator = recording, Simulator(recording.task, recording.camera)
+    _recording = recording
+    _simulator = Simulator(recording.task, recording.camera, recording.action_repeat)
 
 
 def _record_episode(index: int) -> Episode:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STATE_DIM = 4  # hand position and gripper opening
 ACTION_DIM = 4  # hand displacement and gripper effort, each in [-1, 1]
-CONTROL_RATE = 80  # steps a second
+STEP_RATE = 80  # simulator steps a second
 
 _TURNED_CAMERA = "corner2"  # upside down in MetaWorld; LeRobot turns it and moves it closer
 _PROBE = """
@@ -73,11 +73,11 @@ def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
 class Simulator:
     """One MetaWorld task. Raw observations are MetaWorld's (39,); a policy sees `state_of(raw)` and `render()`."""
 
-    def __init__(self, task: str, camera: str = _TURNED_CAMERA) -> None:
-        """task: MetaWorld's name, such as "window-open-v3"."""
+    def __init__(self, task: str, camera: str = _TURNED_CAMERA, action_repeat: int = 1) -> None:
+        """task: MetaWorld's name, such as "window-open-v3"; action_repeat: simulator steps that execute one action."""
         import metaworld
 
-        self.task, self.camera = task, camera
+        self.task, self.camera, self.action_repeat = task, camera, action_repeat
         benchmark = metaworld.MT1(task, seed=42)
         self._env = benchmark.train_classes[task]()
         self._env.set_task(benchmark.train_tasks[0])
@@ -94,9 +94,12 @@ class Simulator:
         return self._env.reset(seed=seed)[0]
 
     def step(self, action: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
-        """One control step: the raw observation and whether the task is solved."""
-        raw, _, _, _, info = self._env.step(np.clip(action, -1, 1))
-        return raw, bool(info["success"])
+        """Executes one action: the raw observation after it, and whether the task was solved meanwhile."""
+        for _ in range(self.action_repeat):
+            raw, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+            if info["success"]:
+                return raw, True
+        return raw, False
 
     def render(self, size: int) -> NDArray[np.uint8]:
         """What the camera sees, (size, size, 3)."""

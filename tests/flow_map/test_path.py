@@ -173,4 +173,4 @@ def test_blend_prefix():
     for step, weight in enumerate(weights.tolist()):
         expected = (1 - weight) * actions[:, step].double() + weight * previous[:, step].double()
         torch.testing.assert_close(blended[:, step].double(), expected, atol=1e-6, rtol=0)
-    assert torch.equal(blended[:, 4:], actions[:, 4:])
+    assert torch.equal(blended[:, :2], previous[:, :2]) and torch.equal(blended[:, 4:], actions[:, 4:])

@@ -12,7 +12,14 @@ from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
 from tests import runs, small
 
-WHOLE = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out", "target_time_mlp_in", "target_time_mlp_out")
+WHOLE = (
+    "action_in_proj",
+    "action_out_proj",
+    "time_mlp_in",
+    "time_mlp_out",
+    "target_time_mlp_in",
+    "target_time_mlp_out",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,9 @@ def test_everything_in_the_adapter_has_trained(trained):
 def test_teacher_covers_exactly_the_trainable_parameters(trained):
     ours = state(trained, 4)
     saved = {name.removeprefix("base_model.model.model."): w.shape for name, w in adapter(trained, 4).items()}
-    followed = {name.replace(".default", "").replace(".modules_to_save", ""): w.shape for name, w in ours.teacher.items()}
+    followed = {
+        name.replace(".default", "").replace(".modules_to_save", ""): w.shape for name, w in ours.teacher.items()
+    }
     assert followed == saved
     assert ours.step == 4
     assert all(w.dtype == torch.float32 for w in ours.teacher.values())
@@ -127,9 +136,7 @@ def test_adapter_without_the_new_branch_is_refused(base, dataset, tmp_path):
 
 def test_adapter_without_the_new_branch_is_fine_where_it_does_not_train(base, dataset, tmp_path):
     modules = {"peft.full_training_modules": '["action_out_proj"]'}
-    runs.lerobot_train(
-        *flags(base, dataset, tmp_path / "out", steps=1, **modules), "--policy.objective=flow_matching"
-    )
+    runs.lerobot_train(*flags(base, dataset, tmp_path / "out", steps=1, **modules), "--policy.objective=flow_matching")
     assert not [name for name in adapter(tmp_path / "out", 1) if "target_time" in name]
 
 

@@ -1,0 +1,207 @@
+"""Every recipe through LeRobot's own parser and validation, and tiny runs of them through its training script."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from lerobot.configs import NormalizationMode, parser
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.import_utils import register_third_party_plugins
+from transformers.initialization import no_init_weights
+
+from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
+from ofp_lerobot.policies.ofp.network import OFPNetwork
+from tests import runs, small
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
+GENERIC = "one_step.yaml"
+OWN = ("--policy.pretrained_path=user/pi05", "--dataset.repo_id=user/data")
+
+
+@parser.wrap()
+def lerobot_trains(cfg: TrainPipelineConfig):
+    cfg.validate()
+    return cfg
+
+
+def parse(path, *flags):
+    """What `lerobot-train --config_path=<path> <flags>` would run with."""
+    register_third_party_plugins()
+    with patch.object(sys, "argv", ["lerobot-train", f"--config_path={path}", *flags]):
+        return lerobot_trains()
+
+
+def recipe(name, *flags):
+    return parse(RECIPES / name, *(OWN if name == GENERIC else ()), *flags)
+
+
+def test_there_are_seven():
+    pairs = [f"{data}_{part}.yaml" for data in ("libero", "robotwin") for part in ("expert", "full", "lora")]
+    assert sorted([*pairs, GENERIC]) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_trains_ofp_from_a_checkpoint(name):
+    config = recipe(name)
+    policy = config.policy
+    assert isinstance(policy, OFPConfig) and config.trainable_config.type == "ofp"
+    assert str(policy.pretrained_path) == ("user/pi05" if name == GENERIC else "lerobot/pi05_base")
+    assert policy.schedule_steps == config.steps and config.steps % config.save_freq == 0
+    assert policy.dtype == "bfloat16" and policy.gradient_checkpointing
+    assert policy.train_expert_only == (name.endswith("expert.yaml") or name == GENERIC)
+    assert (config.peft is not None) == name.endswith("lora.yaml")
+    assert not policy.push_to_hub and not config.rename_map
+    assert policy.num_inference_steps == 1 and policy.sampler == "flow_map" and policy.objective == "ofp"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_learning_rate_ends_with_the_run(name):
+    config = recipe(name)
+    assert config.optimizer.lr == config.scheduler.peak_lr == config.policy.optimizer_lr
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.optimizer.lr)
+    rate = config.scheduler.build(optimizer, config.steps).lr_lambdas[0]
+    assert config.optimizer.lr * rate(config.steps) == pytest.approx(config.policy.scheduler_decay_lr)
+    assert max(rate(step) for step in range(0, config.steps, 100)) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("robotwin")])
+def test_robotwin(name):
+    config = recipe(name)
+    assert config.dataset.repo_id == "lerobot/robotwin_unified" and config.dataset.eval_split == 0
+    assert (config.policy.chunk_size, config.policy.n_action_steps) == (50, 50)
+    assert (config.batch_size, config.steps) == (32, 30_000)
+    assert config.policy.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("libero")])
+def test_libero(name):
+    config = recipe(name)
+    assert config.dataset.repo_id == "lerobot/libero" and config.dataset.eval_split == 0.02
+    assert (config.policy.chunk_size, config.policy.n_action_steps) == (50, 10)
+    assert config.policy.normalization_mapping == {
+        "VISUAL": NormalizationMode.IDENTITY,
+        "STATE": NormalizationMode.MEAN_STD,
+        "ACTION": NormalizationMode.MEAN_STD,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.endswith("lora.yaml")])
+def test_lora(name):
+    config = recipe(name)
+    assert config.peft.method_type == "LORA" and config.peft.r == config.peft.lora_alpha
+    # Left to the policy, which also trains the target-time branch whole.
+    assert config.peft.target_modules is None and config.peft.full_training_modules is None
+    assert config.policy.optimizer_lr == 10 * OFPConfig(device="cpu").optimizer_lr
+
+
+@pytest.mark.parametrize("section", ["", "policy", "dataset", "peft"])
+def test_unknown_keys_fail(section, tmp_path, capsys):
+    content = yaml.safe_load((RECIPES / "libero_lora.yaml").read_text())
+    (content[section] if section else content)["schedule_step"] = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        parse(path)
+    assert "schedule_step" in capsys.readouterr().err
+
+
+def test_path_instead_of_pretrained_path_drops_the_type(tmp_path):
+    """The trap the recipes warn of; when LeRobot mends it, the warnings can go."""
+    (tmp_path / "config.json").write_text(json.dumps({"type": "pi05", "push_to_hub": False}))
+    path = tmp_path / "recipe.yaml"
+    content = {"dataset": {"repo_id": "user/data"}, "policy": {"type": "ofp", "path": str(tmp_path)}}
+    path.write_text(yaml.safe_dump(content))
+    with patch.dict(parser._config_path_args), patch.dict(parser._config_yaml_overrides):
+        assert parse(path).policy.type == "pi05"
+
+
+def test_generic_recipe_needs_the_users_checkpoint_and_data(tmp_path, dataset):
+    with pytest.raises((SystemExit, ValueError, TypeError)):
+        parse(RECIPES / GENERIC, "--policy.pretrained_path=user/pi05")
+    assert str(recipe(GENERIC, "--policy.pretrained_path=x/y").policy.pretrained_path) == "x/y"
+    with pytest.raises(FileNotFoundError, match="YOUR_PI05"):
+        runs.lerobot_train(
+            f"--config_path={RECIPES / GENERIC}",
+            *runs.train_flags(dataset, tmp_path / "out"),
+            "--policy.device=cpu",
+        )
+
+
+def test_flags_from_a_checkpoint_parse(tmp_path, capsys):
+    """The line of README that prints a π₀.₅'s own settings as flags for the generic recipe."""
+    settings = {
+        "type": "pi05",
+        "chunk_size": 20,
+        "n_action_steps": 10,
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+        "use_relative_actions": True,
+        "relative_exclude_joints": ["gripper"],
+        "image_resolution": [224, 224],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    code = re.search(r"python -c '\n(.*?)' <your pi05>", (RECIPES / "README.md").read_text(), re.DOTALL)
+    with patch.object(sys, "argv", ["-c", str(tmp_path)]):
+        exec(code[1], {})
+    flags = [line.replace("'", "") for line in capsys.readouterr().out.splitlines()]
+    policy = recipe(GENERIC, *flags).policy
+    assert (policy.chunk_size, policy.n_action_steps, policy.use_relative_actions) == (20, 10, True)
+    assert policy.normalization_mapping["STATE"] is NormalizationMode.MEAN_STD
+    assert policy.relative_exclude_joints == ["gripper"] and tuple(policy.image_resolution) == (224, 224)
+
+
+@pytest.mark.parametrize("name", [GENERIC, "robotwin_full.yaml", "robotwin_lora.yaml", "libero_expert.yaml"])
+def test_trains(name, dataset, tokenizer, tmp_path):
+    """Two steps of a tiny policy with the recipe's settings, sizes and data from the command line."""
+    from lerobot.datasets import LeRobotDatasetMetadata
+
+    base = small.ofp_policy(tokenizer_name=str(tokenizer), tokenizer_max_length=32)
+    stats = LeRobotDatasetMetadata(runs.REPO, dataset).stats
+    for part in (base, *make_pre_post_processors(base.config, dataset_stats=stats)):
+        part.save_pretrained(tmp_path / "base")
+    content = yaml.safe_load((RECIPES / name).read_text())
+    own = content["policy"].keys() | {"schedule_steps"}
+    tiny = [flag for flag in runs.policy_flags() if flag.split("=")[0].removeprefix("--policy.") not in own]
+    runs.lerobot_train(
+        f"--config_path={RECIPES / name}",
+        *runs.train_flags(dataset, tmp_path / "out", steps=2),
+        *tiny,
+        f"--policy.chunk_size={small.HORIZON}",
+        "--policy.n_action_steps=4",
+        f"--policy.pretrained_path={tmp_path / 'base'}",
+        "--dataset.eval_split=0.3",
+    )
+    saved = runs.checkpoint(tmp_path / "out", 2)
+    settings = json.loads((saved / "config.json").read_text())
+    assert settings["type"] == "ofp" and settings["schedule_steps"] == content["policy"]["schedule_steps"]
+    assert (saved / "adapter_config.json").exists() == ("peft" in content)
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """π₀.₅ at full size without memory."""
+    with torch.device("meta"), no_init_weights():
+        return OFPNetwork(OFPConfig(device="cpu", dtype="bfloat16"))
+
+
+def test_readme_counts_the_parameters(network):
+    """The table of parameters in README, recounted."""
+    readme = (RECIPES / "README.md").read_text()
+    groups = {"in the file": [], "trained, all weights": [], "trained, expert only (and the teacher)": []}
+    for name, parameter in network.named_parameters():
+        groups["in the file"].append(parameter)
+        if parameter.requires_grad:
+            groups["trained, all weights"].append(parameter)
+            if not name.startswith("paligemma_with_expert.paligemma."):
+                groups["trained, expert only (and the teacher)"].append(parameter)
+    for label, parameters in groups.items():
+        half, single = (sum(p.numel() for p in parameters if p.dtype is d) for d in (torch.bfloat16, torch.float32))
+        assert f"| {label} | {half / 1e6:,.1f} | {single / 1e6:,.1f} |" in readme
