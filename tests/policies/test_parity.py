@@ -4,6 +4,7 @@ import pytest
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
 
 
@@ -97,3 +98,27 @@ def test_flow_matching_loss_and_gradients(pair, checkpointing):
     assert compared > 40
     assert ofp.model.vlm.vision_tower.vision_model.embeddings.patch_embedding.weight.grad.abs().max() > 0
     stock.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_frequencies_are_those_the_checkpoint_was_trained_with(pair, tmp_path, dtype):
+    """LeRobot's bfloat16 rounds them: what it trained needs that, what openpi trained (float32 here) does not."""
+    ofp, _ = pair
+    stock = small.stock_policy(ofp, dtype=dtype)
+    stock.save_pretrained(tmp_path / "pi05")
+    ours = OFPPolicy.from_pretrained(tmp_path / "pi05", config=small.ofp_config(dtype="bfloat16"))
+    theirs = stock.model.paligemma_with_expert
+    for rotary, expected in (
+        (ours.model.expert.rotary_emb, theirs.gemma_expert.model.rotary_emb),
+        (ours.model.vlm.language_model.rotary_emb, theirs.paligemma.model.language_model.rotary_emb),
+    ):
+        assert torch.equal(rotary.inv_freq, expected.inv_freq.float())
+    ours.save_pretrained(tmp_path / "ofp")
+    again = OFPPolicy.from_pretrained(tmp_path / "ofp")
+    assert torch.equal(again.model.expert.rotary_emb.inv_freq, ours.model.expert.rotary_emb.inv_freq)
+    batch, noise = small.batch(2, seed=9), torch.randn(2, small.HORIZON, 8)
+    with torch.no_grad():
+        expected = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=10)
+    ours.config.num_inference_steps, ours.config.sampler = 10, "euler"
+    difference = ours.predict_action_chunk(batch, noise=noise) - expected[..., : small.ACTIONS]
+    assert difference.norm() / expected.norm() < 1e-2

@@ -84,8 +84,10 @@ class OFPConfig(PI05Config):
     # Steps between the costly diagnostics (one step against ten, spread); 0 is off.
     monitor_freq: int = 500
 
-    # Where the weights came from, for the model card; set by loading.
+    # Facts of the starting checkpoint, set by loading. Its Hub name, for the model card; and whether it was trained
+    # with rotary frequencies rounded to bfloat16, as LeRobot's `pi05` does with dtype=bfloat16 and openpi's JAX not.
     base_model: str | None = None
+    bfloat16_rotary: bool = False
 
     def __post_init__(self) -> None:
         # PI05Config's own check would refuse the small variants, so its parent's is called.

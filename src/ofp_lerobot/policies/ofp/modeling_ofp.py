@@ -121,6 +121,8 @@ class OFPPolicy(PreTrainedPolicy):
             weights.check_tokenizer(config, source, **hub)
             if from_pi05:
                 weights.warn_of_differences(config, checkpoint, source)
+            rounded = checkpoint.get("dtype") == "bfloat16" if from_pi05 else checkpoint.get("bfloat16_rotary", False)
+            config.bfloat16_rotary = rounded
             config.base_model = checkpoint.get("base_model") if Path(source).is_dir() else str(source)
         state = weights.load_state_dict(source, **hub)
         with no_init_weights():

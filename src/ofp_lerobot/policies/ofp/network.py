@@ -148,6 +148,9 @@ class OFPNetwork(nn.Module):
         self.attention: Literal["sdpa", "eager"] = "sdpa"
         self.gradient_checkpointing = False
         self._set_precision(config.dtype)
+        if config.bfloat16_rotary:
+            for rotary in (self.vlm.language_model.rotary_emb, self.expert.rotary_emb):
+                rotary.inv_freq = rotary.inv_freq.bfloat16().float()
         self._set_requires_grad(config)
 
     @property
@@ -165,7 +168,7 @@ class OFPNetwork(nn.Module):
         nn.init.zeros_(self.target_time_mlp_out.bias)
 
     def _set_precision(self, dtype: str) -> None:
-        # Parameters only: rounding the rotary frequencies to bfloat16 would shift far positions by whole radians.
+        # Parameters only: rounding the rotary frequencies too would shift far positions by more than a radian.
         if dtype == "bfloat16":
             for name, parameter in self.paligemma_with_expert.named_parameters():
                 if not any(part in name for part in _FLOAT32_IN_BFLOAT16):
