@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 quickstart: $(VENV)/.ready-test
 	$(BIN)/python -m recipes.quickstart
@@ -17,6 +17,10 @@ lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.latency --json outputs/bench/latency.json
+	$(BIN)/python -m benchmarks.training --json outputs/bench/training.json
 
 # One environment for both commands, made once and again when what it holds changes.
 $(VENV)/.ready-test: pyproject.toml constraints.txt
