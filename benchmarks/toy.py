@@ -26,7 +26,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from ofp_lerobot.flow_map.ema import copy_weights, teacher_decay, update_ema
-from ofp_lerobot.flow_map.path import Sampler, Velocity, sample_chunk
+from ofp_lerobot.flow_map.path import Velocity, sample_chunk
 from ofp_lerobot.flow_map.randomness import folded_generator
 from ofp_lerobot.objectives import OBJECTIVES, Settings
 
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     objective: str
     start: str
     steps: int
-    sampler: Sampler
+    sampler: str
 
 
 def draw_observations(n: int, generator: Generator) -> Tensor:
@@ -207,7 +207,7 @@ class Judge:
         return Quality(float(energy), float((distance < RADIUS).double().mean()), float(entropy))
 
     @torch.no_grad()
-    def __call__(self, network: Network, steps: int, sampler: Sampler) -> Quality:
+    def __call__(self, network: Network, steps: int, sampler: str) -> Quality:
         """Quality of the network's samples."""
         velocity = partial(network, self.observations)
         pieces = self.noise.split(16 * EVAL_OBSERVATIONS)
@@ -222,7 +222,7 @@ def grouped(chunks: Tensor) -> Tensor:
 
 def cases(objective: str, start: str) -> list[Case]:
     """Few steps with the objective's own sampler, ten with Euler, which every network here supports."""
-    own: Sampler = "euler" if objective == "flow_matching" else "flow_map"
+    own = "euler" if objective == "flow_matching" else "flow_map"
     return [Case(objective, start, 1, own), Case(objective, start, 2, own), Case(objective, start, 10, "euler")]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.rollout.context import _load_pretrained_policy
+from lerobot.rollout.inference.rtc import supports_rtc_inference
 from safetensors.torch import load_file
 
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
@@ -97,7 +98,9 @@ def test_reloaded_acts_the_same_to_the_bit(trained, dataset):
         config = PreTrainedConfig.from_pretrained(runs.checkpoint(trained, 4))
         assert config.use_peft
         config.pretrained_path = runs.checkpoint(trained, 4)
-        answers.append(chunk(load(config), noise))
+        policy = load(config)
+        assert supports_rtc_inference(policy)
+        answers.append(chunk(policy, noise))
     assert torch.equal(*answers)
 
 

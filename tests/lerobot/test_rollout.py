@@ -1,5 +1,6 @@
 """What LeRobot's rollout and evaluation call: real-time chunking, torch.compile, warm start across chunks."""
 
+import os
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from lerobot.rollout.inference.rtc import RTCInferenceEngine, _normalize_prev_ac
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 
+from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import runs, small
 
@@ -152,13 +154,40 @@ def test_rollouts_wrapper_around_predict_action_chunk():
         )
 
 
-def test_compiled_model_acts_the_same():
-    policy = small.ofp_policy(branch=0.5)
-    compiled = small.ofp_policy(compile_model=True, compile_mode="default")
-    compiled.load_state_dict(policy.state_dict())
-    batch, noise = small.batch(2), draw(2)
-    expected = policy.predict_action_chunk(batch, noise=noise)
-    torch.testing.assert_close(compiled.predict_action_chunk(batch, noise=noise), expected, atol=1e-5, rtol=1e-5)
+@pytest.fixture
+def compiled_and_plain():
+    """Answers of a compiled policy and of an uncompiled one with its weights."""
+
+    def answers():
+        policy = small.ofp_policy(branch=0.5)
+        compiled = small.ofp_policy(compile_model=True, compile_mode="default")
+        compiled.load_state_dict(policy.state_dict())
+        batch, noise = small.batch(2), draw(2)
+        return compiled.predict_action_chunk(batch, noise=noise), policy.predict_action_chunk(batch, noise=noise)
+
+    yield answers
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_compiled_model_is_two_whole_graphs_and_acts_the_same(compiled_and_plain, monkeypatch):
+    modes, compile_ = [], torch.compile
+
+    def capture(function, *, mode):
+        modes.append(mode)
+        return compile_(function, backend="eager", fullgraph=True)  # all but the generated code
+
+    monkeypatch.setattr(torch, "compile", capture)
+    compiled, plain = compiled_and_plain()
+    assert modes == ["default", "default"]  # encode and velocity
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("OFP_TEST_INDUCTOR" not in os.environ, reason="gcc compiles for a minute: set OFP_TEST_INDUCTOR=1")
+def test_compiled_model_acts_the_same_through_inductor(compiled_and_plain, monkeypatch):
+    monkeypatch.setitem(SMALL_GEMMA, "gemma_tiny", SMALL_GEMMA["gemma_tiny"]._replace(depth=1))
+    monkeypatch.setitem(SMALL_SIGLIP, "siglip_tiny", {**SMALL_SIGLIP["siglip_tiny"], "num_hidden_layers": 1})
+    compiled, plain = compiled_and_plain()
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
 # Warm start

@@ -75,6 +75,10 @@ def test_learning_rate_ends_with_the_run(name):
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("robotwin")])
 def test_robotwin(name):
     config = recipe(name)
+    mean_std = recipe(
+        name, '--policy.normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}'
+    )
+    assert mean_std.policy.normalization_mapping["ACTION"] is NormalizationMode.MEAN_STD
     assert config.dataset.repo_id == "lerobot/robotwin_unified" and config.dataset.eval_split == 0
     assert (config.policy.chunk_size, config.policy.n_action_steps) == (50, 50)
     assert (config.batch_size, config.steps) == (32, 30_000)

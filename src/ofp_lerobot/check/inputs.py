@@ -14,12 +14,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import (
-    NormalizerProcessorStep,
-    PolicyProcessorPipeline,
-    RenameObservationsProcessorStep,
-    UnnormalizerProcessorStep,
-)
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.pipeline import ProcessorMigrationError
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE, PRETRAINED_MODEL_DIR
 from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device_available
@@ -45,8 +40,8 @@ class Checkpoint(NamedTuple):
     @property
     def rename_map(self) -> dict[str, str]:
         """Names in the dataset -> names in the policy."""
-        renames = [s.rename_map for s in self.preprocessor.steps if isinstance(s, RenameObservationsProcessorStep)]
-        return renames[0] if renames else {}
+        maps = [getattr(step, "rename_map", {}) for step in self.preprocessor.steps]
+        return next((names for names in maps if names), {})
 
 
 # Policy
@@ -157,25 +152,28 @@ def load_processors(
         processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
     except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError) as error:
         raise CheckError(f"the processors of {source} cannot be loaded: {error}") from error
-    for pipeline in processors:
-        for step in pipeline.steps:
-            if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep) and (lacking := _lacking(step)):
-                raise CheckError(
-                    f"the processors of {source} lack the statistics {', '.join(lacking)}: save them with the policy "
-                    "as lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the "
-                    "training data where it has no q01 and q99"
-                )
+    preprocessor, postprocessor = processors
+    if lacking := [
+        *_lacking(preprocessor, {*(config.input_features or {}), ACTION}),
+        *_lacking(postprocessor, {ACTION}),
+    ]:
+        raise CheckError(
+            f"the processors of {source} lack the statistics {', '.join(lacking)}: save them with the policy as "
+            "lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the training data "
+            "where it has no q01 and q99"
+        )
     return processors
 
 
-def _lacking(step: NormalizerProcessorStep | UnnormalizerProcessorStep) -> list[str]:
-    """Statistics the step needs and has not; LeRobot passes such values through as they are."""
-    stats, found = step.stats or {}, []
-    for key, feature in step.features.items():
-        if isinstance(step, UnnormalizerProcessorStep) and key != ACTION:
-            continue
-        mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
-        found += [f"{key}.{name}" for name in STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
+def _lacking(pipeline: PolicyProcessorPipeline, keys: set[str]) -> list[str]:
+    """Statistics of `keys` that normalisation needs and has not; LeRobot passes such values through as they are."""
+    normalising: list[Any] = [step for step in pipeline.steps if hasattr(step, "norm_map")]
+    found = []
+    for step in normalising:
+        for key, feature in step.features.items():
+            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            known = (step.stats or {}).get(key, {})
+            found += [f"{key}.{name}" for name in STATISTICS.get(mode, ()) if key in keys and name not in known]
     return found
 
 
@@ -213,10 +211,10 @@ def trained_episodes(metadata: LeRobotDatasetMetadata, training: dict[str, Any] 
     listed = training.get("episodes")
     episodes = range(metadata.total_episodes) if listed is None else listed
     split = training.get("eval_split", 0.0)
-    by_task: dict[str, list[int]] = {}
+    assert metadata.episodes is not None
+    tasks, by_task = metadata.episodes["tasks"], dict[str, list[int]]()
     for episode in episodes:
-        tasks = metadata.episodes["tasks"][episode]
-        by_task.setdefault(tasks[0] if tasks else "", []).append(episode)
+        by_task.setdefault(tasks[episode][0] if tasks[episode] else "", []).append(episode)
     return {episode for group in by_task.values() for episode in group[: len(group) - math.ceil(len(group) * split)]}
 
 

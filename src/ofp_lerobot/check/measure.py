@@ -6,6 +6,7 @@ evaluations of a chunk; "one_warm" and "two_warm" start from the previous chunk'
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -128,6 +129,14 @@ def collect(
     )
 
 
+def load_items(dataset: LeRobotDataset, positions: Iterable[int]) -> dict[str, Any]:
+    """A batch as LeRobot's data loader makes it."""
+    items: list[Any] = [dataset[int(p)] for p in positions]
+    batch = lerobot_collate_fn(items)
+    assert batch is not None
+    return batch
+
+
 @torch.no_grad()
 def _chunks(
     checkpoint: Checkpoint,
@@ -138,8 +147,7 @@ def _chunks(
     fraction: float = 0.0,
 ) -> Chunks:
     """noise (b, k, h, max_action_dim); rests: per way the unexecuted actions (b, k, steps, a) to start warm from."""
-    items = lerobot_collate_fn([dataset[int(p)] for p in positions])
-    assert items is not None
+    items = load_items(dataset, positions)
     try:
         batch = checkpoint.preprocessor(items)
     except (ValueError, KeyError) as error:
@@ -366,12 +374,9 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
     if calls == 0:
         return None
     policy = checkpoint.policy
-    batch = checkpoint.preprocessor(lerobot_collate_fn([dataset[0]]))
-    noise = torch.randn(
-        1, policy.config.chunk_size, policy.config.max_action_dim, generator=folded_generator("cpu", seed)
-    )
-    device = torch.device(policy.config.device)
-    noise = noise.to(device)
+    batch = checkpoint.preprocessor(load_items(dataset, [0]))
+    device = next(policy.parameters()).device
+    noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
     before = (policy.config.num_inference_steps, policy.config.sampler)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):

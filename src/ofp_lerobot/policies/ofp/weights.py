@@ -11,7 +11,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -52,6 +57,10 @@ def find_file(source: str | Path, filename: str, **hub: Any) -> Path | None:
     except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"pretrained_path {str(source)!r} is neither a directory nor a Hub repository that can be reached: {error}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source} has no revision {hub.get('revision')!r} on the Hub: set --policy.pretrained_revision"
         ) from error
     except EntryNotFoundError:
         return None
