@@ -23,7 +23,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from ..policies.ofp import weights
 from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
-from ..policies.ofp.processor_ofp import _STATISTICS as STATISTICS
+from ..policies.ofp.processor_ofp import NEEDED_STATISTICS as STATISTICS
 from ..policies.ofp.training_state import load_training_state, state_path
 from .errors import CheckError
 

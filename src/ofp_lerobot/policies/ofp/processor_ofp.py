@@ -58,7 +58,7 @@ def make_ofp_pre_post_processors(
     )
 
 
-_STATISTICS = {
+NEEDED_STATISTICS = {
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -72,7 +72,7 @@ def check_statistics(config: OFPConfig, stats: dict[str, dict[str, torch.Tensor]
         return
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         mode = config.normalization_mapping.get(feature.type)
-        missing = [name for name in _STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
+        missing = [name for name in NEEDED_STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
         if mode is not None and missing:
             raise ValueError(
                 f"the dataset has no {' and '.join(missing)} statistics for {key!r}, which normalization_mapping "
