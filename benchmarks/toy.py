@@ -32,10 +32,10 @@ from ofp_lerobot.objectives import OBJECTIVES, Settings
 
 HORIZON, ACTION_DIM, MODES = 8, 2, 4
 REACH = 2.24  # length of a path, for actions of unit variance
-NOISE_STD = 0.1
+NOISE_STD = 0.2
 RADIUS = 1.5 * NOISE_STD * math.sqrt(HORIZON * ACTION_DIM)  # holds 99.7 % of a mode
 BASE = "flow_matching"  # the objective that trains the network from scratch
-EVAL_OBSERVATIONS, EVAL_SAMPLES = 64, 512
+EVAL_OBSERVATIONS, EVAL_SAMPLES = 64, 1024
 
 
 class Quality(NamedTuple):
@@ -56,8 +56,8 @@ class Case(NamedTuple):
 
 
 def draw_observations(n: int, generator: Generator) -> Tensor:
-    """(n, 3): cosine and sine of a heading, and a bend in [−1, 1]."""
-    heading, bend = 2 * math.pi * torch.rand(n, generator=generator), 2 * torch.rand(n, generator=generator) - 1
+    """(n, 3): cosine and sine of a heading in the first quarter, and a bend in [−1, 1]."""
+    heading, bend = math.pi / 2 * torch.rand(n, generator=generator), 2 * torch.rand(n, generator=generator) - 1
     return torch.stack([heading.cos(), heading.sin(), bend], dim=1)
 
 
@@ -100,7 +100,7 @@ class Network(nn.Module):
     r enters through t − r by a branch whose output is zero at the start, as in the π₀.₅ head.
     """
 
-    def __init__(self, width: int = 192, blocks: int = 3, frequencies: int = 16) -> None:
+    def __init__(self, width: int = 128, blocks: int = 3, frequencies: int = 16) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-2, 3, frequencies, base=2))
         self.chunk_in = nn.Linear(HORIZON * ACTION_DIM, width)
@@ -291,10 +291,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--steps", type=int, default=1500, help="fine-tuning steps (default 1500)")
-    parser.add_argument("--base-steps", type=int, default=4000, help="flow-matching steps before (default 4000)")
+    parser.add_argument("--base-steps", type=int, default=3000, help="flow-matching steps before (default 3000)")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--width", type=int, default=192, help="width of the network")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the fine-tuning")
+    parser.add_argument("--width", type=int, default=128, help="width of the network")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the fine-tuning")
     parser.add_argument("--base-lr", type=float, default=2e-3, help="learning rate from scratch")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--starts", nargs="+", choices=[BASE, "scratch"], default=[BASE])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .simulator import ACTION_DIM, STEP_RATE, STATE_DIM, Simulator, description, expert, state_of
+from .simulator import ACTION_DIM, STATE_DIM, STEP_RATE, Simulator, description, expert, state_of
 
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
 REPO_ID = "local/quickstart"
@@ -36,8 +36,12 @@ class Recording:
     episodes: int = 160
     seed: int = 0
     detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
-    noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
-    max_steps: int = 150
+    # Shoves, in every other pair of episodes: at each step one begins with this probability, lasts so many steps and
+    # adds a displacement of this standard deviation to what is executed.
+    shove_probability: float = 0.05
+    shove_steps: int = 6
+    shove_size: float = 1.5
+    max_steps: int = 250
 
     @property
     def styles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -79,25 +83,38 @@ def demonstrate(
     seed: int,
     detour: NDArray[np.float64],
     *,
-    noise: float,
-    rng: np.random.Generator,
-    max_steps: int,
+    shoves: NDArray[np.float64],
     image_size: int | None = None,
 ) -> Episode:
-    """One episode from the start `seed` draws, until the task is solved; with `image_size` None without pictures."""
+    """One episode from the start `seed` draws, until the task is solved or the shoves (steps, 3) end.
+
+    With `image_size` None without pictures.
+    """
     raw = simulator.reset(seed)
     demonstrator = Demonstrator(simulator, raw, detour)
     images, states, actions, solved = [], [], [], False
-    while not solved and len(actions) < max_steps:
+    for shove in shoves:
         if image_size is not None:
             images.append(simulator.render(image_size))
         states.append(state_of(raw))
         action = demonstrator(raw)
         actions.append(action.astype(np.float32))
         executed = action.copy()
-        executed[:3] += noise * rng.normal(size=3)
+        executed[:3] += shove
         raw, solved = simulator.step(executed)
+        if solved:
+            break
     return Episode(np.array(images, dtype=np.uint8), np.stack(states), np.stack(actions), solved)
+
+
+def draw_shoves(recording: Recording, index: int, steps: int) -> NDArray[np.float64]:
+    """What disturbs episode `index`: (steps, 3), added to the executed displacements."""
+    shoves = np.zeros((steps, 3))
+    if index // 2 % 2:
+        rng = np.random.default_rng((recording.seed, index))
+        for begin in np.flatnonzero(rng.random(steps) < recording.shove_probability):
+            shoves[begin : begin + recording.shove_steps] = recording.shove_size * rng.normal(size=3)
+    return shoves
 
 
 def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
@@ -113,7 +130,9 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
         STATE: {"dtype": "float32", "shape": (STATE_DIM,), "names": ["x", "y", "z", "gripper"]},
         ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": ["dx", "dy", "dz", "gripper"]},
     }
-    dataset = LeRobotDataset.create(REPO_ID, STEP_RATE // recording.action_repeat, features, root=root, use_videos=False)
+    dataset = LeRobotDataset.create(
+        REPO_ID, STEP_RATE // recording.action_repeat, features, root=root, use_videos=False
+    )
     prompt = description(recording.task)
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(recording,)
@@ -132,6 +151,27 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
     dataset.finalize()
 
 
+class Demonstrations:
+    """A recorded dataset, read back."""
+
+    def __init__(self, root: Path) -> None:
+        from lerobot.datasets import LeRobotDataset
+
+        self._dataset = LeRobotDataset(REPO_ID, root=root)
+
+    def actions(self) -> list[NDArray[np.float32]]:
+        """(steps, action) of each episode."""
+        columns = self._dataset.hf_dataset.with_format("numpy", columns=[ACTION, "episode_index"])[:]
+        ends = np.flatnonzero(np.diff(columns["episode_index"])) + 1
+        return np.split(np.stack(columns[ACTION]), ends)
+
+    def mean_image(self, samples: int = 300) -> NDArray[np.uint8]:
+        """The average of recorded pictures, (size, size, 3)."""
+        chosen = np.linspace(0, len(self._dataset) - 1, samples).astype(int)
+        mean = np.mean([self._dataset[int(i)][IMAGE].numpy() for i in chosen], axis=0)
+        return np.round(255 * mean.transpose(1, 2, 0)).astype(np.uint8)
+
+
 _recording: Recording
 _simulator: Simulator
 
@@ -147,8 +187,6 @@ def _record_episode(index: int) -> Episode:
         _simulator,
         _recording.seed + index,
         _recording.styles[index % 2],
-        noise=_recording.noise * (index // 2 % 2),
-        rng=np.random.default_rng((_recording.seed, index)),
-        max_steps=_recording.max_steps,
+        shoves=draw_shoves(_recording, index, _recording.max_steps),
         image_size=_recording.image_size,
     )

@@ -4,25 +4,27 @@ Every policy meets the same starts with the same noise. Episodes run side by sid
 serves them all, and frames are drawn only where it looks: once per chunk.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .demonstrations import IMAGE, STATE, Recording, demonstrate
-from .simulator import Simulator, description, state_of
+from .demonstrations import IMAGE, STATE, Demonstrations, Recording, demonstrate, draw_shoves
+from .report import animate
+from .simulator import STEP_RATE, Simulator, description, state_of
 
 if TYPE_CHECKING:
-    from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+    pass
 
 Array = NDArray[np.float32]
+
+FILM_SIZE, FILM_EPISODES = 160, 4
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,22 @@ class Actor:
 
 @cache
 def load_actor(checkpoint: Path, task: str) -> Actor:
+    """An `Actor`, once per process."""
     return Actor(checkpoint, task)
 
 
 @cache
 def simulators(recording: Recording, count: int) -> list[Simulator]:
+    """Simulators of the recorded task, once per process."""
     return [Simulator(recording.task, recording.camera, recording.action_repeat) for _ in range(count)]
+
+
+class Outcome(NamedTuple):
+    """One episode: whether it was solved, after how many actions, and frames of it where a film was asked for."""
+
+    solved: bool
+    actions: int
+    frames: list[NDArray[np.uint8]]
 
 
 def roll_out(
@@ -103,49 +115,51 @@ def roll_out(
     seeds: Sequence[int],
     *,
     blindfold: NDArray[np.uint8] | None = None,
-    film: int = 0,
-) -> Iterator[tuple[bool, list[NDArray[np.uint8]]]]:
-    """Runs one episode per seed: whether it solved the task, and `film` pixels wide frames of it (0: none).
+    film: int | None = None,
+) -> list[Outcome]:
+    """One episode per seed.
 
-    blindfold (size, size, 3): what the policy sees in place of the camera's picture.
+    blindfold (size, size, 3): what the policy sees in place of the camera's picture. film: the frames' size in pixels.
     """
-    width = min(evaluation.side_by_side, len(seeds))
-    for first in range(0, len(seeds), width):
-        group = seeds[first : first + width]
-        yield from _roll_out_group(actor, recording, evaluation.max_steps, group, blindfold, film)
+    width = evaluation.side_by_side
+    groups = [seeds[first : first + width] for first in range(0, len(seeds), width)]
+    return [
+        outcome
+        for group in groups
+        for outcome in _roll_out_together(actor, recording, evaluation.max_steps, group, blindfold, film)
+    ]
 
 
-def _roll_out_group(
+def _roll_out_together(
     actor: Actor,
     recording: Recording,
     max_steps: int,
     seeds: Sequence[int],
     blindfold: NDArray[np.uint8] | None,
-    film: int,
-) -> list[tuple[bool, list[NDArray[np.uint8]]]]:
+    film: int | None,
+) -> list[Outcome]:
     envs = simulators(recording, len(seeds))
     rngs = [np.random.default_rng(seed) for seed in seeds]
-    states = [state_of(env.reset(seed)) for env, seed in zip(envs, seeds, strict=True)]
+    states = np.stack([state_of(env.reset(seed)) for env, seed in zip(envs, seeds, strict=True)])
     images = np.zeros((len(seeds), recording.image_size, recording.image_size, 3), dtype=np.uint8)
-    solved = [False] * len(seeds)
+    solved, lengths = [False] * len(seeds), [0] * len(seeds)
     frames: list[list[NDArray[np.uint8]]] = [[] for _ in seeds]
     executed, rest = actor.policy.config.n_action_steps, None
-    for _ in range(0, max_steps, executed):
+    while not all(solved) and max(lengths) < max_steps:
         for i, env in enumerate(envs):
             if not solved[i]:
                 images[i] = env.render(recording.image_size) if blindfold is None else blindfold
-        chunks, rest = actor.act(actor.prepare(images, np.stack(states)), actor.noise(rngs), rest)
+        chunks, rest = actor.act(actor.prepare(images, states), actor.noise(rngs), rest)
         for i, env in enumerate(envs):
             for action in chunks[i, :executed]:
                 if solved[i]:
                     break
                 raw, solved[i] = env.step(action)
                 states[i] = state_of(raw)
-                if film:
+                lengths[i] += 1
+                if film is not None:
                     frames[i].append(env.render(film))
-        if all(solved):
-            break
-    return list(zip(solved, frames, strict=True))
+    return [Outcome(*each) for each in zip(solved, lengths, frames, strict=True)]
 
 
 def play(simulator: Simulator, seed: int, actions: Array, max_steps: int) -> bool:
@@ -170,9 +184,7 @@ def expert_chunks(recording: Recording, evaluation: Evaluation, horizon: int) ->
                     simulator,
                     seed,
                     recording.styles[draw % 2],
-                    noise=recording.noise * (draw // 2 % 2),
-                    rng=np.random.default_rng((seed, draw)),
-                    max_steps=horizon,
+                    shoves=draw_shoves(replace(recording, seed=seed), draw, horizon),
                 ).actions
                 for draw in range(evaluation.draws)
             ]
@@ -215,23 +227,93 @@ def spread(chunks: NDArray[np.floating]) -> float:
     return float(np.sqrt(np.mean(np.var(chunks, axis=1, ddof=1))))
 
 
-def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a success rate."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate, scale = successes / episodes, 1 + z**2 / episodes
-    centre = (rate + z**2 / (2 * episodes)) / scale
-    half = z / scale * sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+# What the quickstart's worker processes run; results are plain JSON.
 
 
-def latency(actor: Actor, recording: Recording, calls: int) -> float:
-    """Median milliseconds of one chunk for one observation, from the prepared batch on; an eighth warms up."""
-    size = recording.image_size
-    batch = actor.prepare(np.full((1, size, size, 3), 128, dtype=np.uint8), np.zeros((1, 4), dtype=np.float32))
-    noise = actor.noise([np.random.default_rng(0)])
-    times = []
-    for _ in range(calls):
-        start = perf_counter()
-        actor.policy.predict_action_chunk(batch, noise=noise)
-        times.append(1e3 * (perf_counter() - start))
-    return median(times[calls // 8 :])
+def measure(
+    checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, experts: Path
+) -> dict[str, Any]:
+    """Closed-loop episodes of a checkpoint, and how its chunks at fixed starts compare with `experts` (an .npy file)."""
+    actor = load_actor(checkpoint, recording.task)
+    actor.use(sampling)
+    outcomes = roll_out(actor, recording, evaluation, evaluation.seeds())
+    chunks = policy_chunks(actor, recording, evaluation)
+    distances = [energy_distance(own, theirs) for own, theirs in zip(chunks, np.load(experts), strict=True)]
+    return {**_plain(outcomes), "energy_distance": float(np.mean(distances)), "spread": spread(chunks)}
+
+
+def measure_demonstrator(recording: Recording, evaluation: Evaluation, horizon: int, experts: Path) -> dict[str, Any]:
+    """Saves the demonstrators' chunks (`experts`, .npy) that `measure` compares with; their spread."""
+    chunks = expert_chunks(recording, evaluation, horizon)
+    np.save(experts, chunks)
+    return {"spread": spread(chunks)}
+
+
+def measure_blind(
+    checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, dataset: Path
+) -> dict[str, Any]:
+    """The same policy, shown the average of the recorded pictures whatever happens."""
+    actor = load_actor(checkpoint, recording.task)
+    actor.use(sampling)
+    blindfold = Demonstrations(dataset).mean_image()
+    return _plain(roll_out(actor, recording, evaluation, evaluation.seeds(), blindfold=blindfold))
+
+
+def measure_replay(recording: Recording, evaluation: Evaluation, dataset: Path) -> dict[str, Any]:
+    """A randomly chosen demonstration's actions in each episode."""
+    demonstrations = Demonstrations(dataset).actions()
+    choices = np.random.default_rng(evaluation.seed).integers(len(demonstrations), size=evaluation.episodes)
+    return _play_all(recording, evaluation, [demonstrations[i] for i in choices])
+
+
+def measure_mean(recording: Recording, evaluation: Evaluation, dataset: Path) -> dict[str, Any]:
+    """The average demonstration's actions in each episode."""
+    average = mean_demonstration(Demonstrations(dataset).actions())
+    return _play_all(recording, evaluation, [average] * evaluation.episodes)
+
+
+def measure_latency(
+    cases: Sequence[tuple[Path, Sampling]], recording: Recording, evaluation: Evaluation
+) -> dict[str, list[float]]:
+    """Median milliseconds of one chunk for one observation, from the prepared batch on; the first calls warm up."""
+    size, calls = recording.image_size, evaluation.latency_calls
+    medians = []
+    for checkpoint, sampling in cases:
+        actor = load_actor(checkpoint, recording.task)
+        actor.use(sampling)
+        batch = actor.prepare(np.full((1, size, size, 3), 128, dtype=np.uint8), np.zeros((1, 4), dtype=np.float32))
+        noise = actor.noise([np.random.default_rng(0)])
+        times = []
+        for _ in range(calls + calls // 4):
+            start = perf_counter()
+            actor.policy.predict_action_chunk(batch, noise=noise)
+            times.append(1e3 * (perf_counter() - start))
+        medians.append(median(times[calls // 4 :]))
+    return {"milliseconds": medians}
+
+
+def film(
+    checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, path: Path
+) -> dict[str, Any]:
+    """A GIF of the first episodes, every other frame."""
+    actor = load_actor(checkpoint, recording.task)
+    actor.use(sampling)
+    seeds = evaluation.seeds()[:FILM_EPISODES]
+    outcomes = roll_out(actor, recording, evaluation, seeds, film=FILM_SIZE)
+    rate = STEP_RATE // recording.action_repeat // 2
+    animate([[*outcome.frames[::2], outcome.frames[-1]] for outcome in outcomes], path, rate)
+    return {"frames": max(outcome.actions for outcome in outcomes)}
+
+
+def _play_all(recording: Recording, evaluation: Evaluation, plans: Sequence[Array]) -> dict[str, Any]:
+    simulator = simulators(recording, 1)[0]
+    return {
+        "solved": [
+            play(simulator, seed, plan, evaluation.max_steps)
+            for seed, plan in zip(evaluation.seeds(), plans, strict=True)
+        ]
+    }
+
+
+def _plain(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {"solved": [each.solved for each in outcomes], "actions": [each.actions for each in outcomes]}

@@ -35,9 +35,13 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def trained(dataset, tokenizer, tmp_path_factory):
-    """Four steps, the contraction over after three of six schedule steps, so guidance is on in the last."""
+    """Four steps, the contraction over after three of six schedule steps, so guidance is on in the last.
+
+    The evaluation loss is computed right before each checkpoint, as LeRobot orders them.
+    """
     output = tmp_path_factory.mktemp("run") / "out"
-    runs.lerobot_train(*runs.train_flags(dataset, output), *runs.policy_flags(tokenizer))
+    flags = runs.train_flags(dataset, output, eval_steps=2, **{"dataset.eval_split": 0.34})
+    runs.lerobot_train(*flags, *runs.policy_flags(tokenizer))
     return output
 
 

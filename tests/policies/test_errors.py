@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file, save_file
 
@@ -150,3 +150,29 @@ def test_absent_gpu(monkeypatch):
     config = small.ofp_config(device="cuda")
     with pytest.raises(ValueError, match="device 'cuda' is not available.*--policy.device=cpu"):
         OFPPolicy(config)
+
+
+def test_another_robots_actions(saved):
+    config = PreTrainedConfig.from_pretrained(saved)
+    config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (3,))}
+    with pytest.raises(ValueError, match="answers with 5 action dimensions, the environment takes 3"):
+        OFPPolicy.from_pretrained(saved, config=config)
+
+
+def test_damaged_configuration(copy):
+    (copy / "config.json").write_text('{"type": "of')
+    with pytest.raises(ValueError, match="config.json is damaged or incomplete"):
+        OFPPolicy.from_pretrained(copy, config=small.ofp_config())
+
+
+@pytest.mark.parametrize(
+    ("steps", "setting", "told"),
+    [
+        ([{"registry_name": "relative_actions_processor", "config": {"enabled": True}}], False, "=true"),
+        ([], True, "=false"),
+    ],
+)
+def test_relative_actions_must_agree_with_the_processors(copy, steps, setting, told):
+    (copy / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    with pytest.raises(ValueError, match=f"--policy.use_relative_actions{told}"):
+        OFPPolicy.from_pretrained(copy, config=small.ofp_config(use_relative_actions=setting))

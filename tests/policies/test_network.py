@@ -149,6 +149,16 @@ def test_bfloat16_is_close_to_float32(policy):
     assert torch.equal(frequencies, policy.model.expert.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("changes", [{}, {"freeze_vision_encoder": True}, {"train_expert_only": True}])
+def test_vision_weights_that_train_stay_float32(changes):
+    """As stock LeRobot's: a bfloat16 weight is too coarse for fine-tuning's updates."""
+    model = small.ofp_policy(dtype="bfloat16", **changes).model
+    tower = model.vlm.vision_tower.vision_model.encoder.layers[0].mlp.fc1.weight
+    assert tower.dtype == (torch.bfloat16 if changes else torch.float32)
+    projector = model.vlm.multi_modal_projector.linear.weight
+    assert projector.dtype == (torch.bfloat16 if "train_expert_only" in changes else torch.float32)
+
+
 def test_the_new_parameters_are_the_target_time_branch_and_nothing_else(policy):
     stock = small.stock_policy(policy)
     ours = {name.removeprefix("model.") for name in policy.state_dict()}

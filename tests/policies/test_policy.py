@@ -5,6 +5,7 @@ import torch
 from lerobot.utils.constants import ACTION
 
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp.scalars import LaggingScalars
 from tests import small
 
 
@@ -45,14 +46,47 @@ def test_padded_steps_do_not_enter_the_loss(objective):
     assert first[:, :5, : small.ACTIONS].abs().min() > 0
 
 
-def test_not_finite_actions_are_refused_and_leave_the_weights_alone():
-    policy = small.ofp_policy()
-    batch = small.batch(2)
-    batch[ACTION][1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite actions in a training batch"):
+@pytest.mark.parametrize("key", [ACTION, small.CAMERAS[0]])
+def test_not_finite_batches_are_refused(key):
+    policy, batch = small.ofp_policy(), small.batch(2)
+    batch[key][1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite values in a batch's actions, or a loss that is not finite"):
         loss_of(policy, batch)
-    _, mask, finite = policy._prepare_actions(batch)
-    assert not finite and not mask[1, 2, 3] and mask[1, 2, 2]
+
+
+def test_not_finite_actions_reach_no_gradient():
+    """On a GPU the error comes a call late: meanwhile the weights must not be spoilt."""
+    policy, batch = small.ofp_policy(), small.batch(2)
+    batch[ACTION][1, 2, 3] = float("nan")
+    policy._log = lambda scalars: {}
+    policy.train()
+    policy(batch)[0].backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.get_optim_params())
+
+
+def test_flow_matching_leaves_the_target_time_branch_silent():
+    """So its one step is π₀.₅'s whichever sampler is set."""
+    policy, batch = small.ofp_policy(objective="flow_matching"), small.batch(2)
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3)
+    for _ in range(3):
+        policy.train()
+        policy(batch)[0].backward()
+        optimizer.step()
+        policy.update()
+    noise = torch.randn(2, small.HORIZON, 8)
+    answers = []
+    for sampler in ("flow_map", "euler"):
+        policy.config.sampler = sampler
+        answers.append(policy.predict_action_chunk(batch, noise=noise))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_scalars_are_read_a_call_late_on_a_gpu():
+    scalars = LaggingScalars()
+    read = [scalars.read({"a": torch.tensor(float(i), device="cuda")})["a"] for i in range(4)]
+    assert read == [0.0, 0.0, 1.0, 2.0]
 
 
 def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():

@@ -56,7 +56,7 @@ def test_trains_ofp_from_a_checkpoint(name):
     assert str(policy.pretrained_path) == ("user/pi05" if name == GENERIC else "lerobot/pi05_base")
     assert policy.schedule_steps == config.steps and config.steps % config.save_freq == 0
     assert policy.dtype == "bfloat16" and policy.gradient_checkpointing
-    assert policy.train_expert_only == (name.endswith("expert.yaml") or name == GENERIC)
+    assert policy.train_expert_only == (not name.endswith("full.yaml"))
     assert (config.peft is not None) == name.endswith("lora.yaml")
     assert not policy.push_to_hub and not config.rename_map
     assert policy.num_inference_steps == 1 and policy.sampler == "flow_map" and policy.objective == "ofp"

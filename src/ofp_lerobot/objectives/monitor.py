@@ -5,13 +5,11 @@ spread; a starved flow term in the ten-step samples; self-consistency's own loss
 the quality, so the gap between one step and ten from the same noise is measured instead.
 """
 
-from functools import partial
-
 import torch
 from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, sample_chunk
-from .base import masked_mean
+from .base import draw_noise, masked_mean
 
 ROWS = 16  # observations looked at
 DRAWS = 4  # noises for each
@@ -31,26 +29,22 @@ NAMES = (
 
 @torch.no_grad()
 def diagnose(velocity: Velocity, actions: Tensor, mask: Tensor, generator: Generator) -> dict[str, Tensor]:
-    """Scalars under NAMES, in normalised action units, from the first ROWS observations of a batch.
+    """Scalars under NAMES, in normalised action units, from a few observations (the caller takes ROWS).
 
     velocity: of the student. actions (b, horizon, action_dim), mask likewise, bool. Errors are root mean squares
     against the demonstration, the gap is one step against ten-step Euler from the same noise, spreads are standard
     deviations over DRAWS noises of one observation.
     """
-    rows = min(len(actions), ROWS)
-    row = torch.arange(rows, device=actions.device).repeat(DRAWS)
-    target, valid = actions[row], mask[row]
-    noise = torch.randn(target.shape, generator=generator, device=actions.device)
-
-    bound = partial(velocity, row=row)
-    one = sample_chunk(bound, noise, steps=1, sampler="flow_map")
-    ten = sample_chunk(bound, noise, steps=FLOW_STEPS, sampler="euler")
+    target, valid = actions.repeat(DRAWS, 1, 1), mask.repeat(DRAWS, 1, 1)
+    noise = draw_noise(target, generator)
+    one = sample_chunk(velocity, noise, steps=1, sampler="flow_map")
+    ten = sample_chunk(velocity, noise, steps=FLOW_STEPS, sampler="euler")
 
     def rms(x: Tensor) -> Tensor:
         return masked_mean(x.square(), valid).mean().sqrt()
 
     def spread(x: Tensor) -> Tensor:
-        return masked_mean(x.unflatten(0, (DRAWS, rows)).var(dim=0), valid[:rows]).mean().sqrt()
+        return masked_mean(x.unflatten(0, (DRAWS, len(actions))).var(dim=0), mask).mean().sqrt()
 
     def std(x: Tensor) -> Tensor:
         return x[valid].std()

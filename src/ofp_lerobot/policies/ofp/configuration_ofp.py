@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakMethod
 
 from lerobot.configs import PreTrainedConfig
@@ -43,7 +43,7 @@ SMALL_SIGLIP = {
     },
 }
 
-_save_hooks: dict[int, "WeakMethod[Callable[[Path], None]]"] = {}
+_save_hooks: dict[int, WeakMethod[Any]] = {}
 
 
 @PreTrainedConfig.register_subclass("ofp")
@@ -173,7 +173,7 @@ class OFPConfig(PI05Config):
         super()._save_pretrained(save_directory)
         reference = _save_hooks.get(id(self))
         hook = reference() if reference is not None else None
-        if hook is not None:
+        if hook is not None and hook.__self__.config is self:
             hook(Path(save_directory))
 
 

@@ -9,8 +9,7 @@ from .configuration_ofp import OFPConfig
 _SECTION = """
 ## One-step π₀.₅
 
-Trained with the [One-Step Flow Policy](https://arxiv.org/abs/2603.12480) method: the action expert predicts the
-average velocity over an interval, so {steps} network evaluation{s} per action chunk {suffice}{warm}.
+{method}{warm}
 
 | | |
 | --- | --- |
@@ -31,16 +30,21 @@ lerobot-eval --policy.path={repo} --env.type=<env> --eval.n_episodes=50 \\
 """
 
 
+_METHOD = {
+    "flow_matching": "Trained with plain flow matching, as π₀.₅ is, in the code of `lerobot_policy_ofp`.",
+    "ofp": "Trained with the [One-Step Flow Policy](https://arxiv.org/abs/2603.12480) method: the action expert\n"
+    "predicts the average velocity over an interval, which lets one or two network evaluations answer.",
+}
+
+
 def describe(card: ModelCard, config: OFPConfig) -> ModelCard:
     """Adds base model, evaluations per chunk, versions and commands to LeRobot's card."""
     if config.base_model:
         card.data["base_model"] = config.base_model
-    one = config.num_inference_steps == 1
     section = _SECTION.format(
         steps=config.num_inference_steps,
-        s="" if one else "s",
-        suffice="suffices" if one else "suffice",
-        warm=f", started from {config.warm_start:.0%} of the previous plan" if config.warm_start else "",
+        method=_METHOD.get(config.objective, f"Trained with the objective `{config.objective}`."),
+        warm=f" Chunks start from {config.warm_start:.0%} of the previous plan." if config.warm_start else "",
         objective=config.objective,
         sampler=config.sampler,
         chunk=config.chunk_size,

@@ -25,7 +25,7 @@ from ...flow_map.ema import Weights, copy_weights, teacher_decay, update_ema
 from ...flow_map.path import Velocity, blend_prefix, sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
 from ...objectives import OBJECTIVES
-from ...objectives.monitor import HEALTHY_STD_RATIO, diagnose
+from ...objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from . import weights
 from .configuration_ofp import OFPConfig
 from .model_card import describe
@@ -118,7 +118,10 @@ class OFPPolicy(PreTrainedPolicy):
             raise ValueError(f"OFPPolicy needs an 'ofp' configuration, got {config.type!r}")
         resumed = resumed_from(config.pretrained_path)
         if resumed is None:
-            weights.check_tokenizer(config, source, **hub)
+            if not config.use_peft:  # an adapter brings its own processors
+                weights.check_processors(config, source, **hub)
+            if not from_pi05 and kwargs.get("dataset_stats") is None:  # acting, not training on another robot's data
+                weights.check_action_size(config, checkpoint, source)
             if from_pi05:
                 weights.warn_of_differences(config, checkpoint, source)
             rounded = checkpoint.get("dtype") == "bfloat16" if from_pi05 else checkpoint.get("bfloat16_rotary", False)
@@ -158,14 +161,14 @@ class OFPPolicy(PreTrainedPolicy):
         return [p for p in self.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> Self:
+        if not (mode and self.training):
+            self._calls = 0
         super().train(mode)
         if mode:
             frozen = [self.model.vlm] if self.config.train_expert_only else []
             frozen += [self.model.vlm.vision_tower] if self.config.freeze_vision_encoder else []
             for module in frozen:
                 module.eval()
-        else:
-            self._calls = 0
         return self
 
     def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
@@ -196,10 +199,20 @@ class OFPPolicy(PreTrainedPolicy):
         due = self.config.monitor_freq and (self._step % self.config.monitor_freq == 0 or not self._diagnosis)
         if self.training and due:
             self._diagnosis = diagnose(
-                self._bind(prefix.detach()), actions, mask, self._generator(_MONITOR, actions.device)
+                self._bind(prefix.detach().head(ROWS)),
+                actions[:ROWS],
+                mask[:ROWS],
+                self._generator(_MONITOR, actions.device),
             )
         self._calls += 1
-        logs = self._log({"loss": loss, **losses.logs, **(self._diagnosis if self.training else {}), "finite": finite})
+        logs = self._log(
+            {
+                "loss": loss,
+                **losses.logs,
+                **(self._diagnosis if self.training else {}),
+                "finite": finite & torch.isfinite(loss),
+            }
+        )
         return (loss if reduction == "mean" else per_sample), logs
 
     def update(self) -> None:
@@ -262,17 +275,22 @@ class OFPPolicy(PreTrainedPolicy):
         # Evaluation batches log other names, and are rare: they wait for their own.
         logs = (self._scalars if self.training else LaggingScalars()).read(scalars)
         if not logs.pop("finite"):
-            raise ValueError("NaN or infinite actions in a training batch: check the dataset and its statistics")
+            raise ValueError(
+                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset and its "
+                "statistics, and --policy.optimizer_lr"
+            )
         ratio, (low, high) = logs.get("one_step_std_ratio"), HEALTHY_STD_RATIO
         if ratio is not None:
             healthy = low <= ratio <= high
             if self._was_healthy and not healthy:
                 logger.warning(
-                    "one-step samples have %.2f times the spread of the data (healthy: %.1f to %.1f): lower "
-                    "--policy.guidance_weight",
+                    "one-step samples have %.2f times the deviation of the data (healthy: %.1f to %.1f): %s",
                     ratio,
                     low,
                     high,
+                    "they average the modes"
+                    if ratio < low
+                    else "they diverge; lower --policy.guidance_weight if it is on",
                 )
             self._was_healthy = healthy
         return logs
@@ -377,7 +395,6 @@ class OFPPolicy(PreTrainedPolicy):
         prev_chunk_left_over: Tensor | None = None,
         inference_delay: int | None = None,
         execution_horizon: int | None = None,
-        **kwargs: Any,
     ) -> Tensor:
         """An action chunk (b, chunk_size, action).
 
@@ -397,6 +414,8 @@ class OFPPolicy(PreTrainedPolicy):
             raise ValueError(f"noise must be {shape}, got {tuple(noise.shape)}")
         noise = noise.to(device, torch.float32)
         rest = self._usable_rest(prev_chunk_left_over, b, device)
+        if rest is not None and self._rtc_enabled() and self.config.warm_start:
+            self._require_whole_rest(prev_chunk_left_over)
 
         x, start = noise, 1.0
         if rest is not None and self.config.warm_start:
@@ -427,6 +446,14 @@ class OFPPolicy(PreTrainedPolicy):
 
     # Real-time chunking
 
+    def _require_whole_rest(self, rest: Tensor | None) -> None:
+        """LeRobot's rollout cuts leftovers to its execution horizon, which would be taken for the plan's end."""
+        if rest is not None and rest.shape[-2] < self.config.chunk_size:
+            raise ValueError(
+                f"warm_start needs the whole rest of the last chunk, real-time chunking hands over {rest.shape[-2]} "
+                f"actions: set --inference.rtc.execution_horizon={self.config.chunk_size}, or --policy.warm_start=0"
+            )
+
     def supports_rtc(self) -> bool:
         return True
 
@@ -452,16 +479,10 @@ class OFPPolicy(PreTrainedPolicy):
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """LoRA on the expert's attention; the small time, action and target-time layers train whole."""
+        branch = [] if self.config.objective == "flow_matching" else ["target_time_mlp_in", "target_time_mlp_out"]
         return {
             "target_modules": r"model\.paligemma_with_expert\.gemma_expert\..*\.self_attn\.(q|k|v|o)_proj",
-            "modules_to_save": [
-                "action_in_proj",
-                "action_out_proj",
-                "time_mlp_in",
-                "time_mlp_out",
-                "target_time_mlp_in",
-                "target_time_mlp_out",
-            ],
+            "modules_to_save": ["action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out", *branch],
         }
 
     def _validate_peft_config(self, peft_config: Any) -> None:

@@ -47,6 +47,10 @@ class Prefix(NamedTuple):
     def detach(self) -> "Prefix":
         return Prefix(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values), self.mask)
 
+    def head(self, rows: int) -> "Prefix":
+        """The prefixes of the first observations, not copied."""
+        return Prefix(tuple(k[:rows] for k in self.keys), tuple(v[:rows] for v in self.values), self.mask[:rows])
+
     def rows(self, row: Tensor) -> "Prefix":
         """The prefixes of the observations `row` (n,) names."""
         return Prefix(tuple(k[row] for k in self.keys), tuple(v[row] for v in self.values), self.mask[row])
@@ -147,7 +151,7 @@ class OFPNetwork(nn.Module):
         self.min_period, self.max_period = config.min_period, config.max_period
         self.attention: Literal["sdpa", "eager"] = "sdpa"
         self.gradient_checkpointing = False
-        self._set_precision(config.dtype)
+        self._set_precision(config)
         if config.bfloat16_rotary:
             for rotary in (self.vlm.language_model.rotary_emb, self.expert.rotary_emb):
                 rotary.inv_freq = rotary.inv_freq.bfloat16().float()
@@ -167,12 +171,20 @@ class OFPNetwork(nn.Module):
         nn.init.zeros_(self.target_time_mlp_out.weight)
         nn.init.zeros_(self.target_time_mlp_out.bias)
 
-    def _set_precision(self, dtype: str) -> None:
+    def _set_precision(self, config: OFPConfig) -> None:
+        self._compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        if config.dtype == "float32":
+            return
+        # As LeRobot, float32 weights for what trains and is small; a frozen tower is stored as it computes.
+        kept = [*_FLOAT32_IN_BFLOAT16]
+        if not config.train_expert_only:
+            kept += (
+                ["multi_modal_projector"] if config.freeze_vision_encoder else ["multi_modal_projector", "vision_tower"]
+            )
         # Parameters only: rounding the rotary frequencies too would shift far positions by more than a radian.
-        if dtype == "bfloat16":
-            for name, parameter in self.paligemma_with_expert.named_parameters():
-                if not any(part in name for part in _FLOAT32_IN_BFLOAT16):
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        for name, parameter in self.paligemma_with_expert.named_parameters():
+            if not any(part in name for part in kept):
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def _set_requires_grad(self, config: OFPConfig) -> None:
         paligemma, last = self.paligemma_with_expert.paligemma, self.vlm.language_model.layers[-1]
@@ -188,6 +200,8 @@ class OFPNetwork(nn.Module):
         ]
         frozen = [paligemma] if config.train_expert_only else []
         frozen += [self.vlm.vision_tower] if config.freeze_vision_encoder else []
+        if config.objective == "flow_matching":  # plain π₀.₅: the branch would only learn a bias
+            frozen += [self.target_time_mlp_in, self.target_time_mlp_out]
         for module in unused + frozen:
             module.requires_grad_(False)
 
@@ -232,8 +246,17 @@ class OFPNetwork(nn.Module):
     def _embed_images(self, images: Tensor) -> Tensor:
         """All cameras at once: (b·cameras, 3, height, width) -> (b·cameras, patches, width)."""
         tower, projector = self.vlm.vision_tower.vision_model, self.vlm.multi_modal_projector
-        patches = tower.embeddings(images).to(tower.post_layernorm.weight.dtype)
-        return projector(tower.post_layernorm(tower.encoder(inputs_embeds=patches).last_hidden_state))
+        stored = tower.post_layernorm.weight.dtype
+        with self._computing(images.device, stored):
+            hidden = tower.encoder(inputs_embeds=tower.embeddings(images).to(stored)).last_hidden_state
+            hidden = tower.post_layernorm(hidden)
+        with self._computing(images.device, projector.linear.weight.dtype):
+            return projector(hidden)
+
+    def _computing(self, device: torch.device, stored: torch.dtype) -> torch.autocast:
+        """Runs float32 weights in bfloat16 where that is the policy's precision."""
+        enabled = stored == torch.float32 and self._compute_dtype == torch.bfloat16
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _prefix_keys(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         normed, _ = layer.input_layernorm(hidden)

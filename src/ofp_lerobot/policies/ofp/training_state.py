@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lerobot.configs import parser
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...flow_map.ema import Weights
@@ -49,9 +49,12 @@ def load_training_state(path: Path) -> TrainingState:
             f"cannot resume: {path} is missing, and with it the teacher and the step of the schedules. "
             "Start a new run from the checkpoint instead: --policy.path=<checkpoint>/pretrained_model, without --resume"
         )
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        teacher = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            teacher = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"cannot resume: {path} is damaged or incomplete ({error})") from error
     return TrainingState(teacher, int(metadata["step"]), int(metadata["seed"]))
 
 
@@ -68,4 +71,6 @@ def resumed_from(pretrained_path: str | Path | None) -> Path | None:
     directory, named = Path(pretrained_path).resolve(), Path(config_path).resolve()
     if named.exists():
         return directory if directory in (named, named.parent) else None
-    return directory if parser.parse_arg("resume") in ("true", "True", "1", "yes") else None
+    # A Hub repository: its checkpoint now lies in the run's own directory, unless the policy was named apart.
+    apart = parser.parse_arg("policy.path") or parser.parse_arg("policy.pretrained_path")
+    return None if apart else directory

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ _EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_t
 _INHERITED = (
     "chunk_size",
     "image_resolution",
-    "use_relative_actions",
     "relative_exclude_joints",
     "min_period",
     "max_period",
@@ -74,7 +73,7 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
     path = find_file(source, CONFIG_NAME, **hub)
     if path is None:
         raise ValueError(f"{source} has no {CONFIG_NAME}: set --policy.pretrained_path to a LeRobot checkpoint")
-    config = json.loads(path.read_text())
+    config = _read_json(path)
     kind = config.get("type")
     if kind not in ("pi05", "ofp"):
         raise ValueError(
@@ -82,6 +81,24 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
             "set --policy.pretrained_path to one of these, for example lerobot/pi05_base"
         )
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
+
+
+def check_action_size(config: OFPConfig, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Raises ValueError where an environment or robot takes other actions than an `ofp` checkpoint answers with."""
+    trained = (checkpoint.get("output_features") or {}).get(ACTION)
+    wanted = (config.output_features or {}).get(ACTION)
+    if trained is not None and wanted is not None and tuple(trained["shape"]) != tuple(wanted.shape):
+        raise ValueError(
+            f"{source} answers with {trained['shape'][0]} action dimensions, the environment takes {wanted.shape[0]}: "
+            "check --policy.path and --env.type or --env.task"
+        )
 
 
 def warn_of_differences(config: OFPConfig, checkpoint: dict[str, Any], source: str | Path) -> None:
@@ -107,29 +124,35 @@ def _plain(value: Any) -> Any:
     return {k: getattr(v, "value", v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def check_tokenizer(config: OFPConfig, source: str | Path, **hub: Any) -> None:
-    """Raises ValueError where tokenizer settings were given that the checkpoint's own processors contradict.
+def check_processors(config: OFPConfig, source: str | Path, **hub: Any) -> None:
+    """Raises ValueError where settings contradict the checkpoint's own processors, which LeRobot loads with it.
 
-    LeRobot loads the processors with the checkpoint, so such a setting would have no effect.
+    A tokenizer setting would have no effect; relative actions must be on in both or in neither.
     """
-    wanted = {"tokenizer_name": config.tokenizer_name, "max_length": config.tokenizer_max_length}
-    if not any(wanted.values()):
-        return
     filename = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
     path = find_file(source, filename, **hub)
-    steps = json.loads(path.read_text())["steps"] if path is not None else []
-    for step in steps:
-        if step.get("registry_name") != "tokenizer_processor":
-            continue
-        for name, value in wanted.items():
-            found = step["config"].get(name)
-            if value is not None and found != value:
-                raise ValueError(
-                    f"{'--policy.tokenizer_max_length' if name == 'max_length' else '--policy.tokenizer_name'}={value} "
-                    f"has no effect: LeRobot takes the tokenizer from the checkpoint, whose {filename} says "
-                    f"{name}={found!r}. Drop the setting, or edit {filename} in a local copy of {source} and start "
-                    "from that copy"
-                )
+    if path is None:
+        return
+    steps = {step.get("registry_name"): step.get("config", {}) for step in _read_json(path)["steps"]}
+    tokenizer = steps.get("tokenizer_processor", {})
+    for flag, name, value in (
+        ("tokenizer_name", "tokenizer_name", config.tokenizer_name),
+        ("tokenizer_max_length", "max_length", config.tokenizer_max_length),
+    ):
+        if value is not None and tokenizer.get(name) != value:
+            raise ValueError(
+                f"--policy.{flag}={value} has no effect: LeRobot takes the tokenizer from the checkpoint, whose "
+                f"{filename} says {name}={tokenizer.get(name)!r}. Drop the setting, or edit {filename} in a local copy "
+                f"of {source} and start from that copy"
+            )
+    relative = steps.get("relative_actions_processor")
+    if relative is not None and relative.get("enabled") and not config.use_relative_actions:
+        raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
+    if relative is None and config.use_relative_actions:
+        raise ValueError(
+            f"the processors of {source} cannot make actions relative: set --policy.use_relative_actions=false, or add "
+            "the steps relative_actions_processor and absolute_actions_processor to a local copy"
+        )
 
 
 def load_state_dict(source: str | Path, **hub: Any) -> dict[str, Tensor]:

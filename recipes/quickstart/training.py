@@ -1,0 +1,114 @@
+"""Training with LeRobot's own `lerobot-train`, in a process of its own.
+
+Flow matching from scratch first; from its checkpoint two branches of equal length, `ofp` and more flow matching.
+"""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .demonstrations import REPO_ID
+
+PROMPT_LENGTH = 24  # tokens, longer than the prompt
+
+
+@dataclass(frozen=True)
+class Training:
+    """A small π₀.₅ and how it is trained. Both policies take `base_steps` + `steps` optimizer steps."""
+
+    network: str = "gemma_tiny"
+    vision: str = "siglip_tiny"
+    chunk_size: int = 8
+    executed: int = 4
+    batch_size: int = 32
+    noise_draws: int = 2
+    base_steps: int = 1200
+    base_learning_rate: float = 1e-3
+    steps: int = 800
+    learning_rate: float = 5e-4
+    seed: int = 1
+
+
+def base_flags(training: Training, tokenizer: Path, vocabulary_size: int, image_size: int) -> dict[str, object]:
+    """Flow matching from scratch."""
+    return {
+        "policy.type": "ofp",
+        "policy.objective": "flow_matching",
+        "policy.paligemma_variant": training.network,
+        "policy.action_expert_variant": training.network,
+        "policy.vision_variant": training.vision,
+        "policy.image_resolution": f"[{image_size},{image_size}]",
+        "policy.tokenizer_name": tokenizer,
+        "policy.tokenizer_max_length": PROMPT_LENGTH,
+        "policy.vocabulary_size": vocabulary_size,
+        "policy.chunk_size": training.chunk_size,
+        "policy.n_action_steps": training.executed,
+        "policy.max_action_dim": 4,
+        "policy.device": "cpu",
+        **_common_flags(training, training.base_steps, training.base_learning_rate, last=0.1),
+        "seed": training.seed,
+        "num_workers": 1,  # nothing else runs meanwhile
+    }
+
+
+def branch_flags(training: Training, objective: str, base: Path) -> dict[str, object]:
+    """`objective` from the checkpoint of the base."""
+    return {
+        "policy.path": base,
+        "policy.objective": objective,
+        **_common_flags(training, training.steps, training.learning_rate, last=0.05),
+        "seed": training.seed + 1,
+        "num_workers": 0,
+    }
+
+
+def _common_flags(training: Training, steps: int, learning_rate: float, last: float) -> dict[str, object]:
+    return {
+        "policy.num_noise_draws": training.noise_draws,
+        "policy.schedule_steps": steps,
+        "policy.monitor_freq": 0,
+        "policy.optimizer_lr": learning_rate,
+        "policy.scheduler_warmup_steps": 30,
+        "policy.scheduler_decay_steps": steps,
+        "policy.scheduler_decay_lr": last * learning_rate,
+        "policy.push_to_hub": "false",
+        "batch_size": training.batch_size,
+        "steps": steps,
+        "save_freq": 0,
+        "log_freq": 50,
+        "env_eval_freq": 0,
+        "wandb.enable": "false",
+    }
+
+
+def checkpoint(run: Path) -> Path:
+    """The last checkpoint of a training run."""
+    return run / "checkpoints" / "last" / "pretrained_model"
+
+
+def lerobot_train(flags: dict[str, object], dataset: Path, run: Path, log: Path, bar: tqdm) -> None:
+    """Runs `lerobot-train` into the new directory `run`; its output goes to `log`, its progress to `bar`.
+
+    Raises RuntimeError with the end of the log where it fails.
+    """
+    script = Path(sys.executable).with_name("lerobot-train")
+    everything = {**flags, "dataset.repo_id": REPO_ID, "dataset.root": dataset, "output_dir": run}
+    command = [str(script), *(f"--{name}={value}" for name, value in everything.items())]
+    with log.open("w") as file:
+        file.write(" ".join(command) + "\n")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        assert process.stdout is not None
+        # Universal newlines: each update of LeRobot's own progress bar is a line.
+        for line in process.stdout:
+            file.write(line)
+            if found := re.search(rf"\b(\d+)/{flags['steps']} \[", line):
+                bar.update(int(found[1]) - bar.n)
+            if found := re.search(r"\bloss:(\S+)", line):
+                bar.set_postfix(loss=found[1])
+    if process.wait():
+        tail = "".join(log.read_text().splitlines(keepends=True)[-20:])
+        raise RuntimeError(f"lerobot-train failed with exit code {process.returncode}, see {log}:\n{tail}")
