@@ -10,9 +10,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.quickstart", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes: tries the machinery, the numbers mean nothing"
-    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: the numbers mean nothing")
     arguments = parser.parse_args()
 
     # Before anything reads it, here and in the processes started from here, which import this module: so imports wait.

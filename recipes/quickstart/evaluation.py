@@ -233,7 +233,7 @@ def spread(chunks: NDArray[np.floating]) -> float:
 def measure(
     checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, experts: Path
 ) -> dict[str, Any]:
-    """Closed-loop episodes of a checkpoint, and how its chunks at fixed starts compare with `experts` (an .npy file)."""
+    """Closed-loop episodes of a checkpoint, and how its chunks at fixed starts compare with those in `experts`."""
     actor = load_actor(checkpoint, recording.task)
     actor.use(sampling)
     outcomes = roll_out(actor, recording, evaluation, evaluation.seeds())
@@ -243,10 +243,19 @@ def measure(
 
 
 def measure_demonstrator(recording: Recording, evaluation: Evaluation, horizon: int, experts: Path) -> dict[str, Any]:
-    """Saves the demonstrators' chunks (`experts`, .npy) that `measure` compares with; their spread."""
+    """The demonstrator itself, undisturbed, in both styles; its chunks are saved to `experts` (.npy) for `measure`."""
     chunks = expert_chunks(recording, evaluation, horizon)
     np.save(experts, chunks)
-    return {"spread": spread(chunks)}
+    calm = np.zeros((evaluation.max_steps, 3))
+    episodes = [
+        demonstrate(simulators(recording, 1)[0], seed, recording.styles[seed % 2], shoves=calm)
+        for seed in evaluation.seeds()
+    ]
+    return {
+        "solved": [episode.solved for episode in episodes],
+        "actions": [len(episode.actions) for episode in episodes],
+        "spread": spread(chunks),
+    }
 
 
 def measure_blind(

@@ -180,7 +180,8 @@ class Quickstart:
             reports.row_of(policy, sampling, self._result(self._row_name(policy, sampling)), latency)
             for (policy, sampling), latency in zip(ROWS, latencies, strict=True)
         ]
-        baselines = [{"name": name, **reports.success_of(self._result(name)["solved"])} for name in BASELINES]
+        baselines = [{"name": name, **reports.success_of(self._result(name))} for name in BASELINES]
+        demonstrator = self._result("demonstrator")
         stages = {"demonstrations": self.dataset.parent}
         stages |= {f"train {name}": self._run(name).parent for name in ("base", OFP, FLOW_MATCHING)}
         stages |= {
@@ -190,7 +191,7 @@ class Quickstart:
             "task": self.settings.recording.task,
             "rows": rows,
             "baselines": baselines,
-            "demonstrator": self._result("demonstrator"),
+            "demonstrator": {**reports.success_of(demonstrator), "spread": round(demonstrator["spread"], 4)},
             "settings": plain(self.settings),
             "seconds": {name: seconds_taken(directory) for name, directory in stages.items()},
             **reports.provenance(),

@@ -27,14 +27,17 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def success_of(solved: Sequence[bool]) -> dict[str, Any]:
-    """The report's keys for episodes that were solved or not."""
+def success_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The report's keys for episodes; result: `solved` and, where they are known, the lengths `actions`."""
+    solved, lengths = result["solved"], result.get("actions", [])
+    done = [length for length, each in zip(lengths, solved, strict=False) if each]
     low, high = wilson_interval(sum(solved), len(solved))
     return {
         "success": sum(solved) / len(solved),
         "episodes": len(solved),
         "ci95": [round(low, 4), round(high, 4)],
         "solved": [int(each) for each in solved],
+        "actions_to_success": round(sum(done) / len(done), 1) if done else None,
     }
 
 
@@ -45,8 +48,7 @@ def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "warm_start": sampling.warm_start,
-        **success_of(result["solved"]),
-        "actions_to_success": actions_to_success(result),
+        **success_of(result),
         "energy_distance": round(result["energy_distance"], 4),
         "spread": round(result["spread"], 4),
         "latency_ms": round(latency_ms, 2),
@@ -54,36 +56,24 @@ def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms
     }
 
 
-def actions_to_success(result: dict[str, Any]) -> float | None:
-    """The mean length of the solved episodes."""
-    lengths = [length for length, solved in zip(result["actions"], result["solved"], strict=True) if solved]
-    return round(sum(lengths) / len(lengths), 1) if lengths else None
-
-
 def table(report: dict[str, Any]) -> str:
     """The rows and baselines in Markdown."""
-    header = (
-        "| policy | sampler | steps | warm start | success [95 %] | actions | energy distance | spread | ms per chunk |"
-    )
-    lines = [header, "| --- " * (header.count("|") - 1) + "|"]
+    names = ("policy", "sampler", "steps", "warm start", "success [95 %]", "actions", "energy distance", "spread", "ms")
+    lines = [names, ["---"] * len(names)]
     for row in report["rows"]:
-        lines.append(
-            f"| {row['policy']} | {row['sampler']} | {row['steps']} | {row['warm_start'] or '–'} | {_success(row)} "
-            f"| {row['actions_to_success'] or '–'} | {row['energy_distance']:.3f} | {row['spread']:.3f} "
-            f"| {row['latency_ms']:.1f} |"
-        )
+        policy = [row["policy"], row["sampler"], row["steps"], row["warm_start"] or "–"]
+        measures = [f"{row['energy_distance']:.3f}", f"{row['spread']:.3f}", f"{row['latency_ms']:.1f}"]
+        lines.append([*policy, *_success(row), *measures])
     for row in report["baselines"]:
-        lines.append(f"| *{row['name']}* | – | – | – | {_success(row)} | – | – | – | – |")
-    demonstrator = report["demonstrator"]
-    lines.append(
-        f"| *demonstrator* | – | – | – | – | {demonstrator['actions']} | 0 | {demonstrator['spread']:.3f} | – |"
-    )
-    return "\n".join(lines)
+        lines.append([row["name"], *["–"] * 3, *_success(row), *["–"] * 3])
+    row = report["demonstrator"]
+    lines.append(["demonstrator", *["–"] * 3, *_success(row), "0", f"{row['spread']:.3f}", "–"])
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _success(row: dict[str, Any]) -> str:
+def _success(row: dict[str, Any]) -> list[str]:
     low, high = row["ci95"]
-    return f"{row['success']:.2f} [{low:.2f}, {high:.2f}]"
+    return [f"{row['success']:.2f} [{low:.2f}, {high:.2f}]", str(row["actions_to_success"] or "–")]
 
 
 def provenance() -> dict[str, Any]:
@@ -108,44 +98,31 @@ def provenance() -> dict[str, Any]:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Success with its interval, and energy distance, against network evaluations per chunk."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.4), sharex=True, constrained_layout=True)
-    curves = {
-        "ofp, flow map": [r for r in report["rows"] if r["policy"] == "ofp" and r["sampler"] == "flow_map"],
-        "ofp, Euler": [r for r in report["rows"] if r["policy"] == "ofp" and r["sampler"] == "euler"],
-        "flow matching, Euler": [r for r in report["rows"] if r["policy"] == "flow_matching"],
-    }
-    for shift, (label, rows) in zip((0.97, 1.0, 1.03), curves.items(), strict=True):
-        for warm, style in ((False, {"marker": "o"}), (True, {"marker": "^", "linestyle": "none"})):
-            chosen = [row for row in rows if bool(row["warm_start"]) is warm]
-            if not chosen:
-                continue
-            x = [shift * row["evaluations_per_chunk"] * (1.06 if warm else 1) for row in chosen]
-            y = [row["success"] for row in chosen]
-            errors = [
-                [row["success"] - row["ci95"][0] for row in chosen],
-                [row["ci95"][1] - row["success"] for row in chosen],
-            ]
-            colour = f"C{list(curves).index(label)}"
-            name = f"{label}, warm start" if warm else label
-            top.errorbar(x, y, yerr=errors, capsize=3, color=colour, label=name, **style)
-            if not warm:
-                bottom.plot(x, [row["energy_distance"] for row in chosen], color=colour, **style)
-    for index, row in enumerate(report["baselines"]):
-        top.axhline(row["success"], color="0.6", linestyle=("--", ":", "-.")[index % 3], label=row["name"])
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        warm = f", warm start {row['warm_start']}" if row["warm_start"] else ""
+        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}{warm}", []).append(row)
+    for index, (label, rows) in enumerate(curves.items()):
+        x = [row["evaluations_per_chunk"] * (0.94 + 0.04 * index) for row in rows]  # side by side
+        success = np.array([row["success"] for row in rows])
+        intervals = np.array([row["ci95"] for row in rows]).T
+        top.errorbar(x, success, yerr=np.abs(intervals - success), marker="o", capsize=3, label=label)
+        bottom.plot(x, [row["energy_distance"] for row in rows], marker="o")
+    for row, style in zip(report["baselines"], ("--", ":", "-."), strict=True):
+        top.axhline(row["success"], color="0.6", linestyle=style, label=row["name"])
     top.set(ylabel="success", ylim=(-0.02, 1.04), title=report["task"])
-    top.legend(fontsize=8, loc="lower right")
-    bottom.set(
-        ylabel="energy distance to the demonstrator", ylim=(0, None), xscale="log", xlabel="evaluations per chunk"
-    )
+    top.legend(fontsize=8, loc="center right")
+    bottom.set(ylabel="energy distance to the demonstrator", ylim=(0, None))
+    bottom.set(xscale="log", xlabel="evaluations per chunk")
     bottom.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
     bottom.minorticks_off()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def animate(episodes: Sequence[Sequence[NDArray[np.uint8]]], path: Path, rate: int) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from typing import TYPE_CHECKING, Self
@@ -66,6 +67,7 @@ def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """MetaWorld's scripted expert: raw observation -> action in [-1, 1]."""
     from metaworld.policies import ENV_POLICY_MAP
 
+    warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")  # they are clipped here
     policy = ENV_POLICY_MAP[task]()
     return lambda raw: np.clip(policy.get_action(raw), -1, 1).astype(np.float64)
 
