@@ -36,16 +36,12 @@ class Recording:
     episodes: int = 160
     seed: int = 0
     detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
-    # Shoves, in every other pair of episodes: at each step one begins with this probability, lasts so many steps and
-    # adds a displacement of this standard deviation to what is executed.
-    shove_probability: float = 0.05
-    shove_steps: int = 6
-    shove_size: float = 1.5
-    max_steps: int = 250
+    noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
+    max_steps: int = 150
 
     @property
-    def styles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The two detours."""
+    def detours(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The two styles: to the left, to the right."""
         right = np.array(self.detour)
         return right * (-1, 1, 1), right
 
@@ -83,38 +79,36 @@ def demonstrate(
     seed: int,
     detour: NDArray[np.float64],
     *,
-    shoves: NDArray[np.float64],
+    disturbances: NDArray[np.float64],
     image_size: int | None = None,
 ) -> Episode:
-    """One episode from the start `seed` draws, until the task is solved or the shoves (steps, 3) end.
+    """One episode from the start `seed` draws, until the task is solved or the disturbances (steps, 3) end.
 
     With `image_size` None without pictures.
     """
     raw = simulator.reset(seed)
     demonstrator = Demonstrator(simulator, raw, detour)
     images, states, actions, solved = [], [], [], False
-    for shove in shoves:
+    for disturbance in disturbances:
         if image_size is not None:
             images.append(simulator.render(image_size))
         states.append(state_of(raw))
         action = demonstrator(raw)
         actions.append(action.astype(np.float32))
         executed = action.copy()
-        executed[:3] += shove
+        executed[:3] += disturbance
         raw, solved = simulator.step(executed)
         if solved:
             break
     return Episode(np.array(images, dtype=np.uint8), np.stack(states), np.stack(actions), solved)
 
 
-def draw_shoves(recording: Recording, index: int, steps: int) -> NDArray[np.float64]:
-    """What disturbs episode `index`: (steps, 3), added to the executed displacements."""
-    shoves = np.zeros((steps, 3))
-    if index // 2 % 2:
-        rng = np.random.default_rng((recording.seed, index))
-        for begin in np.flatnonzero(rng.random(steps) < recording.shove_probability):
-            shoves[begin : begin + recording.shove_steps] = recording.shove_size * rng.normal(size=3)
-    return shoves
+def disturbances(recording: Recording, index: int, seed: int | None = None) -> NDArray[np.float64]:
+    """What is added to the displacements that episode `index` executes: (max_steps, 3), zero in calm episodes."""
+    if index // 2 % 2 == 0:
+        return np.zeros((recording.max_steps, 3))
+    rng = np.random.default_rng((recording.seed if seed is None else seed, index))
+    return recording.noise * rng.normal(size=(recording.max_steps, 3))
 
 
 def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
@@ -186,7 +180,7 @@ def _record_episode(index: int) -> Episode:
     return demonstrate(
         _simulator,
         _recording.seed + index,
-        _recording.styles[index % 2],
-        shoves=draw_shoves(_recording, index, _recording.max_steps),
+        _recording.detours[index % 2],
+        disturbances=disturbances(_recording, index),
         image_size=_recording.image_size,
     )

@@ -5,7 +5,7 @@ serves them all, and frames are drawn only where it looks: once per chunk.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .demonstrations import IMAGE, STATE, Demonstrations, Recording, demonstrate, draw_shoves
+from .demonstrations import IMAGE, STATE, Demonstrations, Recording, demonstrate, disturbances
 from .report import animate
 from .simulator import STEP_RATE, Simulator, description, state_of
 
@@ -31,7 +31,7 @@ FILM_SIZE, FILM_EPISODES = 160, 4
 class Evaluation:
     """What is measured. Episode i starts from seed `seed` + i, which no demonstration does."""
 
-    episodes: int = 40
+    episodes: int = 60
     seed: int = 100_000
     max_steps: int = 150
     side_by_side: int = 10
@@ -183,8 +183,8 @@ def expert_chunks(recording: Recording, evaluation: Evaluation, horizon: int) ->
                 demonstrate(
                     simulator,
                     seed,
-                    recording.styles[draw % 2],
-                    shoves=draw_shoves(replace(recording, seed=seed), draw, horizon),
+                    recording.detours[draw % 2],
+                    disturbances=disturbances(recording, draw, seed)[:horizon],
                 ).actions
                 for draw in range(evaluation.draws)
             ]
@@ -206,20 +206,19 @@ def policy_chunks(actor: Actor, recording: Recording, evaluation: Evaluation) ->
     return np.stack(chunks)
 
 
-def energy_distance(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    """2·E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖ of samples x (n, ...) and y (m, ...): 0 in the mean for equal distributions.
+def energy_distance(samples: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
+    """2·E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖, 0 in the mean where X and Y have one distribution.
 
-    Distances are root mean squares over the elements, so in units of one action.
+    X is estimated from independent draws `samples` (n, ...); Y is drawn from `reference` (m, ...), which need not be
+    independent draws. Distances are root mean squares over the elements, so in units of one action.
     """
 
     def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
         gap = a.reshape(len(a), 1, -1) - b.reshape(1, len(b), -1)
         return np.sqrt(np.mean(gap**2, axis=-1))
 
-    def within(a: NDArray[np.floating]) -> float:
-        return float(distances(a, a).sum() / (len(a) * (len(a) - 1)))
-
-    return float(2 * distances(x, y).mean()) - within(x) - within(y)
+    own = distances(samples, samples).sum() / (len(samples) * (len(samples) - 1))
+    return float(2 * distances(samples, reference).mean() - own - distances(reference, reference).mean())
 
 
 def spread(chunks: NDArray[np.floating]) -> float:
@@ -248,7 +247,7 @@ def measure_demonstrator(recording: Recording, evaluation: Evaluation, horizon: 
     np.save(experts, chunks)
     calm = np.zeros((evaluation.max_steps, 3))
     episodes = [
-        demonstrate(simulators(recording, 1)[0], seed, recording.styles[seed % 2], shoves=calm)
+        demonstrate(simulators(recording, 1)[0], seed, recording.detours[seed % 2], disturbances=calm)
         for seed in evaluation.seeds()
     ]
     return {

@@ -117,7 +117,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for row, style in zip(report["baselines"], ("--", ":", "-."), strict=True):
         top.axhline(row["success"], color="0.6", linestyle=style, label=row["name"])
     top.set(ylabel="success", ylim=(-0.02, 1.04), title=report["task"])
-    top.legend(fontsize=8, loc="center right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     bottom.set(ylabel="energy distance to the demonstrator", ylim=(0, None))
     bottom.set(xscale="log", xlabel="evaluations per chunk")
     bottom.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
