@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ofp_lerobot.flow_map.ema import copy_weights, teacher_decay, update_ema
+from ofp_lerobot.flow_map.ema import copy_weights, update_ema
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,10 +49,3 @@ def test_limits_of_the_decay(decay, expected):
     average = {"w": torch.full((2,), 2.0)}
     update_ema(average, {"w": torch.full((2,), 4.0)}, decay)
     assert average["w"].tolist() == [expected] * 2
-
-
-@pytest.mark.parametrize(
-    ("steps", "horizon"), [(10, 10), (1000, 10), (1500, 15), (5000, 50), (10_000, 100), (1_000_000, 100)]
-)
-def test_teacher_horizon(steps, horizon):
-    assert teacher_decay(steps) == pytest.approx(1 - 1 / horizon)

@@ -28,7 +28,9 @@ from tests.flows import (
     teacher_field,
 )
 
-SETTINGS = Settings(consistency_weight=0.7, guidance_weight=0.03, condition_dropout=0.3, halved_share=0.0)
+SETTINGS = Settings(
+    consistency_weight=0.7, consistency_norm="squared", guidance_weight=0.03, condition_dropout=0.3, halved_share=0.0
+)
 BEFORE, AFTER = 0.2, 0.6  # progress before and after the end of the contraction
 FIRST_SEGMENTS = ["marginal", "conditional"]
 
@@ -97,10 +99,15 @@ class Case:
         return np.array(targets), np.array(kappas), np.array(mids)
 
     def consistency_losses(self):
-        """(target, weight 1/max(κ, .05), squared error)."""
+        """(target, weight 1/max(κ, .05), squared error, the loss's derivative by weight · squared error)."""
         target, kappa, _ = self.consistency_targets()
         error = np.array([self.masked(i, (self.consistency[4][i] - target[i]) ** 2) for i in range(self.n)])
-        return target, 1 / np.maximum(kappa, 0.05), error
+        weight = 1 / np.maximum(kappa, 0.05)
+        # The pseudo-Huber norm at scale .05: length and slope of the hypotenuse over its shorter leg.
+        huber = self.settings.consistency_norm == "huber"
+        self.consistency_loss = np.hypot(np.sqrt(weight * error), 0.05) - 0.05 if huber else weight * error
+        slope = 0.5 / np.hypot(np.sqrt(weight * error), 0.05) if huber else np.ones(self.n)
+        return target, weight, error, slope
 
     def answers(self):
         """â = x_t − t·y, zero in padded dimensions."""
@@ -125,17 +132,18 @@ def first_segment(request):
     return request.param
 
 
-@pytest.fixture(params=[0.0, 0.4])
+@pytest.fixture(params=[(0.0, "squared"), (0.4, "huber")])
 def settings(first_segment, request):
-    return replace(SETTINGS, first_segment=first_segment, halved_share=request.param)
+    share, norm = request.param
+    return replace(SETTINGS, first_segment=first_segment, halved_share=share, consistency_norm=norm)
 
 
 @pytest.mark.parametrize("progress", [0.0, BEFORE, AFTER, 1.5])
 def test_loss_is_the_sum_of_the_terms(recorder, settings, progress):
     case = Case(recorder, settings, progress)
     _, flow = case.flow_losses()
-    _, weight, error = case.consistency_losses()
-    expected = flow + 0.7 * weight * error
+    _, weight, error, _ = case.consistency_losses()
+    expected = flow + 0.7 * case.consistency_loss
     logs = {name: float(value) for name, value in case.losses.logs.items()}
     if progress >= 0.5:
         guidance = np.array([case.masked(i, case.guidance()[i] ** 2) for i in range(N)])
@@ -147,7 +155,7 @@ def test_loss_is_the_sum_of_the_terms(recorder, settings, progress):
     assert case.losses.loss.shape == (N,)
     np.testing.assert_allclose(case.losses.loss.detach().numpy(), expected, rtol=1e-9)
     assert logs["loss_flow"] == pytest.approx(flow.mean())
-    assert logs["loss_consistency"] == pytest.approx((weight * error).mean())
+    assert logs["loss_consistency"] == pytest.approx(case.consistency_loss.mean())
     assert logs["consistency_error"] == pytest.approx((weight**2 * error).mean())
     assert logs["contraction"] == pytest.approx(0.05 + 0.1 * (1 + np.cos(np.pi * min(progress / 0.5, 1))))
 
@@ -165,7 +173,7 @@ def test_boundary_anchoring(recorder, settings):
 
 
 def test_self_consistency(recorder, settings):
-    """The teacher sees x_m at (m, r), κ ~ U(0, ρ), and the gradient is that of ‖u − target‖²/max(κ, .05)."""
+    """The teacher sees x_m at (m, r), κ ~ U(0, ρ), and the gradient is that of h(‖u − target‖²/max(κ, .05))."""
     case = Case(recorder, settings, BEFORE, n=3000)
     _, _, r, _, u = case.consistency
     noise = case.noise(case.consistency)
@@ -179,7 +187,8 @@ def test_self_consistency(recorder, settings):
     assert case.halved.mean() == pytest.approx(settings.halved_share, abs=0.04)
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
     assert abs(np.corrcoef(noise.ravel(), case.noise(case.flow).ravel())[0, 1]) < 4 / np.sqrt(noise.size)
-    expected = case.closed_gradient(0.7 / np.maximum(kappa, 0.05), u - target)
+    *_, slope = case.consistency_losses()
+    expected = case.closed_gradient(0.7 * slope / np.maximum(kappa, 0.05), u - target)
     np.testing.assert_allclose(case.gradients[1], expected, atol=1e-9)
 
 
@@ -314,7 +323,7 @@ def test_bias_of_the_target_vanishes_with_kappa(recorder, monkeypatch, first_seg
     shaped = [torch.from_numpy(value.reshape(n, 1, 1)) for value in (actions, noise)]
     module = importlib.import_module("ofp_lerobot.objectives.ofp")
     monkeypatch.setattr(module, "draw_noise", lambda actions, generator: shaped[1])
-    settings = Settings(consistency_weight=1.0, first_segment=first_segment, guidance_weight=0.0, halved_share=0.0)
+    settings = replace(SETTINGS, consistency_weight=1.0, first_segment=first_segment, guidance_weight=0.0)
 
     def relative_bias(kappa: float) -> np.ndarray:
         t_all, r_all, kappas = (torch.full((n,), value) for value in (t, r, kappa))
@@ -346,7 +355,7 @@ def test_the_exact_map_is_the_target_of_halved_intervals(recorder):
     actions = 0.8 + 0.3 * torch.randn(n, 2, 1, generator=generator(1))
     student = recorder(lambda x, t, r, keep: 0 * x)
     teacher = recorder(lambda x, t, r, keep: flow.average(x, t, r))
-    settings = Settings(consistency_weight=1.0, halved_share=1.0, guidance_weight=0.0)
+    settings = Settings(consistency_weight=1.0, consistency_norm="squared", halved_share=1.0, guidance_weight=0.0)
     mask = torch.ones(n, 2, 1, dtype=torch.bool)
     ofp(student, teacher, actions, mask, settings, 0.0, generator()).loss.sum().backward()
     x, t, r, _ = (value[n:] for value in student.inputs[0])

@@ -8,9 +8,8 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def teacher_decay(schedule_steps: int) -> float:
-    """1 − 1/horizon with a horizon of one percent of the run, between 10 and 100 steps: a slow teacher hurts."""
-    return 1 - 1 / min(max(0.01 * schedule_steps, 10), 100)
+# A horizon of 15 steps however long the run: slower teachers and none at all were worse (benchmarks/trials.md).
+TEACHER_DECAY = 1 - 1 / 15
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from openpi.models_pytorch import pi0_pytorch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..flow_map.ema import Weights, copy_weights, teacher_decay, update_ema
+from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.randomness import folded_generator
 from ..objectives import OBJECTIVES, Settings
 
@@ -158,7 +158,7 @@ class OneStepPi0(pi0_pytorch.PI0Pytorch):
     def _advance(self) -> None:
         """Called when a training pass begins: an optimizer step lies behind, except before the first."""
         if self._teacher:
-            update_ema(self._teacher, self._student_weights(), teacher_decay(self.schedule_steps))
+            update_ema(self._teacher, self._student_weights(), TEACHER_DECAY)
         else:
             self._teacher = copy_weights(self._student_weights())
         self._step += 1

@@ -15,7 +15,8 @@ from ..flow_map.times import power_times
 class Settings:
     """Settings of the objectives; the defaults serve fine-tuning and training from scratch (README, design notes)."""
 
-    consistency_weight: float = 0.3  # λ_c
+    consistency_weight: float = 0.5  # λ_c
+    consistency_norm: Literal["huber", "squared"] = "huber"  # of its error; squared is the paper's
     guidance_weight: float = 0.01  # λ_g, from the end of the contraction on; 0 is off
     condition_dropout: float = 0.1  # p_drop, in the flow term
     first_segment: Literal["marginal", "conditional"] = "marginal"

@@ -12,6 +12,7 @@ from ..flow_map.times import contraction, halve, segments, uniform
 from .base import Losses, Settings, draw_flow, draw_noise, fill_padding, masked_mean
 
 KAPPA_FLOOR = 0.05  # self-consistency is weighted by 1/max(κ, floor): its gradient is κ times MeanFlow's
+HUBER_SCALE = 0.05  # c, in normalised action units: smaller errors count squared, larger ones linearly
 
 
 def ofp(
@@ -26,9 +27,11 @@ def ofp(
     """L_flow + λ_c·L_sc + λ_g·L_sg per sample, with one student call and at most two teacher calls.
 
     L_flow = ‖u(x_t, t, t) − (ε − a)‖², the condition dropped with probability p_drop.
-    L_sc = ‖u(x_t, t, r) − sg[κ·v + (1 − κ)·u⁻(x_m, m, r)]‖² / max(κ, .05), where the first segment t → m is the
+    L_sc = h(‖u(x_t, t, r) − sg[κ·v + (1 − κ)·u⁻(x_m, m, r)]‖² / max(κ, .05)), where the first segment t → m is the
     sample's own straight path, v = ε − a ("conditional", the paper's), or the teacher's, v = u⁻(x_t, t, t) and
-    x_m = x_t − (t − m)·v ("marginal").
+    x_m = x_t − (t − m)·v ("marginal"). h is the identity ("squared", the paper's) or the pseudo-Huber norm of
+    arXiv 2310.14189, h(e²) = √(e² + c²) − c: the marginal target has no noise that must be averaged, and where the
+    map is steep, between modes, squares would smooth it.
     A share of the intervals is halved instead, as in shortcut models (arXiv 2410.12557): κ = ½ and
     v = u⁻(x_t, t, m), for which the exact map is a fixed point at any width.
     L_sg = ‖y − sg[y + g]‖², y = u(x_t, t, 0), g = u⁻(x̃, t′, t′) − u⁻(x̃, t′, t′ ∣ ∅), where x̃ is the one-step
@@ -81,7 +84,10 @@ def ofp(
     scale = cut.kappa.clamp(min=KAPPA_FLOOR)
     flow_loss = masked_mean((u[0] - flow.velocity).square(), mask)
     residual = masked_mean((u[1] - target).square(), mask)
-    loss = flow_loss + settings.consistency_weight * residual / scale
+    consistency = residual / scale
+    if settings.consistency_norm == "huber":
+        consistency = (consistency + HUBER_SCALE**2).sqrt() - HUBER_SCALE
+    loss = flow_loss + settings.consistency_weight * consistency
     guidance = guidance_norm = loss.new_zeros(())
     if guided:
         g = u_teacher[1] - u_teacher[2]
@@ -93,7 +99,7 @@ def ofp(
         loss,
         {
             "loss_flow": flow_loss.detach().mean(),
-            "loss_consistency": (residual / scale).detach().mean(),
+            "loss_consistency": consistency.detach().mean(),
             "consistency_error": (residual / scale.square()).detach().mean(),
             "loss_guidance": guidance.detach(),
             "guidance_norm": guidance_norm.detach(),

@@ -17,7 +17,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Generator, Tensor
 
-from ..flow_map.ema import Weights, copy_weights, teacher_decay, update_ema
+from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.path import Velocity
 from ..flow_map.randomness import folded_generator
 from ..objectives import OBJECTIVES
@@ -134,7 +134,7 @@ class FlowMapPolicy(PreTrainedPolicy):
     def update(self) -> None:
         """After each optimizer step (LeRobot calls it): the teacher follows, the schedules move on."""
         if self._teacher:
-            update_ema(self._teacher, self._student_weights(), teacher_decay(self.config.schedule_steps))
+            update_ema(self._teacher, self._student_weights(), TEACHER_DECAY)
         self._step += 1
         self._calls = 0
         if self._step == self.config.schedule_steps + 1:

@@ -25,7 +25,8 @@ class FlowMapConfig(PreTrainedConfig):
 
     # Training objective and its weights, see `ofp_lerobot.objectives.Settings`.
     objective: str = "ofp"
-    consistency_weight: float = 0.3
+    consistency_weight: float = 0.5
+    consistency_norm: str = "huber"
     guidance_weight: float = 0.01
     condition_dropout: float = 0.1
     first_segment: str = "marginal"
@@ -49,6 +50,7 @@ class FlowMapConfig(PreTrainedConfig):
         choice("sampler", self.sampler, ("flow_map", "euler"))
         choice("objective", self.objective, tuple(OBJECTIVES))
         choice("first_segment", self.first_segment, ("marginal", "conditional"))
+        choice("consistency_norm", self.consistency_norm, ("huber", "squared"))
         within("num_inference_steps", self.num_inference_steps, 1)
         within("warm_start", self.warm_start, 0, 0.99)
         within("consistency_weight", self.consistency_weight, 0)
