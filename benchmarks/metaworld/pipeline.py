@@ -56,7 +56,7 @@ BUDGETS = {
         objectives=("ofp", BASE, "shortcut"),
         seeds=1,
         recording=Recording(episodes=40),
-        training=Training(base_steps=1500, steps=800, batch_size=64),
+        training=Training(base_steps=1500, steps=1500, batch_size=64),
         evaluation=Evaluation(episodes=30, observations=8),
     ),
     "hours": Budget(conditions=("clean",), objectives=("ofp", BASE, "shortcut", "mean_flow", "snapflow", "drifting")),
