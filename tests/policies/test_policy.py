@@ -178,8 +178,8 @@ def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
             for p in policy.get_optim_params():
                 p.add_(0.01 * (step + 1))
         policy.update()
-        for n in names:  # horizon of 20 steps: one percent of the schedule
-            expected[n] = 0.95 * expected[n] + 0.05 * policy.model.get_parameter(n).detach().double()
+        for n in names:  # horizon of 15 steps
+            expected[n] += (policy.model.get_parameter(n).detach().double() - expected[n]) / 15
     for n in names:
         torch.testing.assert_close(policy._teacher[n].double(), expected[n], atol=1e-6, rtol=1e-5)
     other = small.ofp_policy()
