@@ -5,9 +5,9 @@ package, or trained with it from scratch for as many steps as both together. Wha
 the data by the energy distance (0 for equal distributions), so a policy that averages or drops modes shows.
 The run fails (exit code 1) when OFP misses its bars.
 
-    python benchmarks/toy.py --seeds 3 --json outputs/toy.json
-    python benchmarks/toy.py --seeds 3 --starts flow_matching scratch --json outputs/toy_all.json
-    python benchmarks/toy.py --seeds 1 --objectives ofp --set first_segment=conditional guidance_weight=0
+    python benchmarks/toy.py --seeds 3 --objectives ofp flow_matching shortcut --json outputs/toy_few.json
+    python benchmarks/toy.py --seeds 3 --starts flow_matching scratch --json outputs/toy.json
+    python benchmarks/toy.py --seeds 1 --objectives ofp --set first_segment=conditional consistency_norm=squared
 
 Shapes: observations (n, 3), chunks (n, HORIZON, ACTION_DIM), times (n,) with t = 1 noise and t = 0 action.
 """
@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checks, aims = bars(rows), goals(rows)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            content = {"settings": asdict(settings), "seeds": sorted(results)}
+            content = {"settings": asdict(settings), "seeds_done": sorted(results)}
             content |= {"arguments": {key: value for key, value in vars(args).items() if key != "json"}}
             content |= {"rows": rows, "bars": checks, "goals": aims}
             args.json.write_text(json.dumps(content, indent=2) + "\n")

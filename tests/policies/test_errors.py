@@ -89,6 +89,7 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"paligemma_variant": "gemma_9b"}, "paligemma_variant must be one of"),
         ({"condition_dropout": 0.0}, "condition_dropout = 0 never trains"),
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
+        ({"consistency_norm": "hubr"}, "consistency_norm must be one of"),
         ({"halved_share": 1.5}, r"halved_share must be in \[0, 1\]"),
         ({"schedule_steps": 0}, "schedule_steps must be at least 1"),
         ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),

@@ -30,6 +30,10 @@ class Settings:
     flow_time_scale: float = 0.999
     flow_time_offset: float = 0.001
 
+    def __post_init__(self) -> None:
+        if self.consistency_norm not in ("huber", "squared"):
+            raise ValueError(f"consistency_norm must be huber or squared, got {self.consistency_norm!r}")
+
 
 class Losses(NamedTuple):
     """loss (n,): one per sample, differentiable. logs: detached scalars on its device, always the same keys."""

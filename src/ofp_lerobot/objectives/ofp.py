@@ -12,7 +12,7 @@ from ..flow_map.times import contraction, halve, segments, uniform
 from .base import Losses, Settings, draw_flow, draw_noise, fill_padding, masked_mean
 
 KAPPA_FLOOR = 0.05  # self-consistency is weighted by 1/max(κ, floor): its gradient is κ times MeanFlow's
-HUBER_SCALE = 0.05  # c, in normalised action units: smaller errors count squared, larger ones linearly
+HUBER_SCALE = 0.05  # c: weighted errors below it count squared, larger ones linearly
 
 
 def ofp(
