@@ -37,6 +37,7 @@ class Sampling(NamedTuple):
     sampler: str
     steps: int
     warm_start: float = 0.0
+    samples: int = 1  # of which the one in the densest place is taken
 
 
 class Actor:
@@ -57,7 +58,7 @@ class Actor:
 
     def use(self, sampling: Sampling) -> None:
         config = self.policy.config
-        config.sampler, config.num_inference_steps, config.warm_start = sampling
+        config.sampler, config.num_inference_steps, config.warm_start, config.test_time_samples = sampling
 
     def prepare(self, raw: Array, task: str) -> dict[str, Any]:
         import torch
@@ -67,8 +68,10 @@ class Actor:
     def noise(self, rngs: Sequence[np.random.Generator]) -> Any:
         import torch
 
-        shape = (self.policy.config.horizon, self.policy.config.max_action_dim)
-        return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
+        config = self.policy.config
+        shape = (config.test_time_samples, config.horizon, config.max_action_dim)
+        drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs], axis=1)
+        return torch.from_numpy(drawn).flatten(0, 1)
 
     def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
         """Chunks (n, horizon, 4), and the unexecuted part, normalised, which is `rest` next time."""
@@ -140,7 +143,8 @@ def measure(
     actor, reference = Actor(directory), np.load(experts)
     seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
     (simulator,) = simulators(task, recording.action_repeat, 1)
-    starts = [simulator.reset(seed).astype(np.float32) for seed in seeds[: evaluation.observations]]
+    observed = range(evaluation.seed, evaluation.seed + evaluation.observations)
+    starts = [simulator.reset(seed).astype(np.float32) for seed in observed]
     results = []
     for sampling in samplings:
         actor.use(sampling)
@@ -151,7 +155,7 @@ def measure(
             done, gaps = roll_out(actor, task, group, recording, evaluation.max_steps)
             solved, jumps = solved + done, jumps + gaps
         answers = []
-        for seed, start in zip(seeds, starts, strict=False):
+        for seed, start in zip(observed, starts, strict=True):
             rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
             answers.append(actor.act(np.stack([start] * len(rngs)), task, actor.noise(rngs))[0])
         own = np.stack(answers)
@@ -204,7 +208,7 @@ def measure_latency(directory: Path, samplings: Sequence[Sampling], evaluation: 
     actor = Actor(directory)
     policy, view = actor.policy, actor.view
     raw = np.zeros((1, 39), dtype=np.float32)
-    batch, noise = actor.prepare(raw, view.tasks[0]), actor.noise([np.random.default_rng(0)])
+    batch = actor.prepare(raw, view.tasks[0])
     with torch.no_grad():
         prefix = policy.model.encode(*policy._prepare_observation(batch))
     whole: list[list[float]] = [[] for _ in samplings]
@@ -216,6 +220,7 @@ def measure_latency(directory: Path, samplings: Sequence[Sampling], evaluation: 
             if sampling.steps >= 50 and call % 6:
                 continue
             actor.use(sampling)
+            noise = actor.noise([np.random.default_rng(0)])
             begun = perf_counter()
             policy.predict_action_chunk(batch, noise=noise)
             between = perf_counter()

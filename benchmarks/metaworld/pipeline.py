@@ -21,7 +21,7 @@ from .demonstrations import CONDITIONS, SUBSET, Recording, record
 from .evaluation import Evaluation, Sampling
 from .training import Training, train
 
-BASE, WARM_START, RESULT = "flow_matching", 0.15, "result.json"
+BASE, WARM_START, SAMPLES, RESULT = "flow_matching", 0.15, 8, "result.json"
 LATENCY_STEPS = (1, 2, 4, 10, 100)
 
 
@@ -59,7 +59,13 @@ BUDGETS = {
         training=Training(base_steps=1500, steps=1500, batch_size=64),
         evaluation=Evaluation(episodes=30, observations=8),
     ),
-    "hours": Budget(conditions=("clean",), objectives=("ofp", BASE, "shortcut", "mean_flow", "snapflow", "drifting")),
+    "hours": Budget(
+        conditions=("clean",),
+        objectives=("ofp", BASE, "shortcut"),
+        recording=Recording(episodes=150),
+        training=Training(steps=2000),
+        evaluation=Evaluation(side_by_side=25),
+    ),
     "day": Budget(training=Training(down_dims=(128, 256), base_steps=8000, steps=4000)),
 }
 
@@ -170,12 +176,13 @@ class Benchmark:
         return Job(directory, settings, ev.measure_experts, (*arguments, directory / "chunks.npy"))
 
     def samplings(self, objective: str) -> list[Sampling]:
-        """One, two, … evaluations with the sampler that the objective trains; one also with warm start."""
+        """One, two, … evaluations with the sampler that the objective trains; one also warm, and with more samples."""
         own = "flow_map" if OBJECTIVES[objective].uses_target_time else "euler"
+        variants = [Sampling(own, 1, WARM_START), Sampling(own, 1, samples=SAMPLES)]
         if objective == "drifting":
-            return [Sampling(own, 1), Sampling(own, 1, WARM_START)]
+            return [Sampling(own, 1), *variants]
         plain = [Sampling(own if steps < 10 else "euler", steps) for steps in self.budget.steps]
-        return [*plain, Sampling(own, 1, WARM_START)] + [Sampling("euler", 10, WARM_START)] * (objective == BASE)
+        return [*plain, *variants] + [Sampling("euler", 10, WARM_START)] * (objective == BASE)
 
     def _evaluation(self, run: Run, task: str) -> Job:
         budget, trained = self.budget, self._trained(run)
@@ -190,6 +197,7 @@ class Benchmark:
         budget, run = self.budget, self._policies()[0]
         steps = sorted({*LATENCY_STEPS, *budget.steps})
         samplings = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
+        samplings += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
         settings = [self._training(run).settings, samplings, budget.evaluation]
         arguments = (self._trained(run), samplings, budget.evaluation)
         return Job(self.output / "latency", settings, ev.measure_latency, arguments)

@@ -12,6 +12,8 @@ from torch import Generator, Tensor
 MIN_GAP = 0.005  # shortest interval [r, t] of the self-consistency term
 FULL_INTERVAL = 0.5  # share of the intervals that end at the action (r = 0) ...
 FROM_NOISE = 0.5  # ... and, of those, the share that starts at pure noise (t = 1)
+ON_GRID = 0.5  # share of the halved intervals that lie on shortcut's grid, whose halves are on it too
+LEVELS = 7  # lengths on the grid: 1, ½, … 1/64; halves shorter than those are instantaneous
 
 
 def uniform(n: int, generator: Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -25,12 +27,18 @@ def power_times(n: int, generator: Generator, *, alpha: float, scale: float, off
 
 
 class Segments(NamedTuple):
-    """An interval [r, t] cut at m: κ = (t − m)/(t − r) is the share of the first segment. Each (n,)."""
+    """An interval [r, t] cut at m: κ = (t − m)/(t − r) is the share of the first segment. Each (n,).
+
+    halved: cut in the middle, so that average velocities over both halves make the target; narrow: halved, but so
+    narrow that the instantaneous velocities at t and m do, which is what ties average velocities to the flow.
+    """
 
     t: Tensor
     m: Tensor
     r: Tensor
     kappa: Tensor
+    halved: Tensor
+    narrow: Tensor
 
 
 def segments(n: int, generator: Generator, *, rho: float) -> Segments:
@@ -49,14 +57,29 @@ def segments(n: int, generator: Generator, *, rho: float) -> Segments:
     t = torch.where(from_noise, torch.ones_like(t), t)
     r = torch.where(to_action, torch.zeros_like(low), low)
     kappa = rho * uniform(n, generator)
-    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa)
+    none = torch.zeros_like(to_action)
+    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa, halved=none, narrow=none)
 
 
-def halve(cut: Segments, generator: Generator, share: float) -> tuple[Segments, Tensor]:
-    """Cuts a random share of the intervals in the middle, κ = ½. Returns the segments, and which were halved (n,)."""
-    halved = uniform(len(cut.t), generator) < share
+def grid_intervals(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(t, r, narrowest): shortcut's intervals (arXiv 2410.12557), each (n,).
+
+    The length is 1/2^k, k uniform in 0 … LEVELS − 1, and t any multiple of it; narrowest: it is the shortest length.
+    """
+    sections = 2.0 ** torch.floor(LEVELS * uniform(n, generator))
+    t = (torch.floor(sections * uniform(n, generator)) + 1) / sections
+    return t, t - 1 / sections, sections == 2.0 ** (LEVELS - 1)
+
+
+def halve(cut: Segments, generator: Generator, share: float) -> Segments:
+    """Cuts a random share of the intervals in the middle, κ = ½, and of those moves ON_GRID to the grid."""
+    n = len(cut.t)
+    halved = uniform(n, generator) < share
+    moved = halved & (uniform(n, generator) < ON_GRID)
+    t, r, narrowest = grid_intervals(n, generator)
+    t, r = torch.where(moved, t, cut.t), torch.where(moved, r, cut.r)
     kappa = torch.where(halved, 0.5, cut.kappa)
-    return Segments(t=cut.t, m=cut.t - kappa * (cut.t - cut.r), r=cut.r, kappa=kappa), halved
+    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa, halved=halved, narrow=moved & narrowest)
 
 
 def contraction(progress: float, *, start: float, end: float, fraction: float) -> float:

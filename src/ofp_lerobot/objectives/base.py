@@ -17,12 +17,10 @@ class Settings:
 
     consistency_weight: float = 0.5  # λ_c
     consistency_norm: Literal["huber", "squared"] = "huber"  # of its error; squared is the paper's
-    guidance_weight: float = 0.01  # λ_g, from the end of the contraction on; 0 is off
-    condition_dropout: float = 0.1  # p_drop, in the flow term
+    guidance_weight: float = 0.0  # λ_g, from the end of the contraction on; needs condition_dropout
+    condition_dropout: float = 0.0  # p_drop, in the flow term
     first_segment: Literal["marginal", "conditional"] = "marginal"
-    halved_share: float = (
-        0.5  # of the self-consistency intervals, the teacher's halves being the target; 0 is the paper
-    )
+    halved_share: float = 1.0  # of the self-consistency intervals, the teacher's halves being the target; the paper: 0
     contraction_start: float = 0.25  # ρ at step 0 ...
     contraction_end: float = 0.05  # ... and from contraction_fraction of the schedule on
     contraction_fraction: float = 0.5
@@ -32,7 +30,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.consistency_norm not in ("huber", "squared"):
-            raise ValueError(f"consistency_norm must be huber or squared, got {self.consistency_norm!r}")
+            raise ValueError(f"consistency_norm must be one of huber, squared, got {self.consistency_norm!r}")
+        if self.first_segment not in ("marginal", "conditional"):
+            raise ValueError(f"first_segment must be one of marginal, conditional, got {self.first_segment!r}")
 
 
 class Losses(NamedTuple):

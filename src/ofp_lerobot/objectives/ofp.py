@@ -51,13 +51,16 @@ def ofp(
     keep = uniform(n, generator) >= settings.condition_dropout
 
     noise_c = draw_noise(actions, generator)
-    cut, halved = halve(segments(n, generator, rho=rho), generator, settings.halved_share)
+    cut = halve(segments(n, generator, rho=rho), generator, settings.halved_share)
     x_c = interpolate(actions, noise_c, cut.t)
     first = noise_c - actions
     if settings.first_segment == "marginal" or settings.halved_share > 0:
         with torch.no_grad():
-            told = fill_padding(teacher(x_c, cut.t, torch.where(halved, cut.m, cut.t)), first, mask)
-        first = told if settings.first_segment == "marginal" else torch.where(expand_time(halved, told), told, first)
+            told = teacher(x_c, cut.t, torch.where(cut.halved & ~cut.narrow, cut.m, cut.t))
+        told = fill_padding(told, first, mask)
+        if settings.first_segment == "conditional":
+            told = torch.where(expand_time(cut.halved, told), told, first)
+        first = told
     x_m = interval_step(x_c, first, cut.t, cut.m)
 
     x, starts, ends, keeps = [flow.x, x_c], [flow.t, cut.t], [flow.t, cut.r], [keep, everyone]
@@ -68,7 +71,8 @@ def ofp(
         ends, keeps = [*ends, torch.zeros_like(t_g)], [*keeps, everyone]
     u = student(torch.cat(x), torch.cat(starts), torch.cat(ends), torch.cat(keeps)).split(n)
 
-    x, starts, ends, keeps = [x_m], [cut.m], [cut.r], [everyone]
+    x, starts, keeps = [x_m], [cut.m], [everyone]
+    ends = [torch.where(cut.narrow, cut.m, cut.r)]
     if guided:
         answer = interval_step(x_g, u[2].detach(), t_g, torch.zeros_like(t_g))
         answer = answer * mask.any(dim=1, keepdim=True)

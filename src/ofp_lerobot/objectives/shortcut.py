@@ -4,10 +4,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, interpolate, interval_step
-from ..flow_map.times import uniform
+from ..flow_map.times import grid_intervals
 from .base import Losses, Settings, draw_flow, draw_noise, fill_padding, masked_mean
-
-LEVELS = 7  # step sizes 1, 1/2, … 1/64; below them flow matching holds (the paper's 128 sections)
 
 
 def shortcut(
@@ -22,23 +20,20 @@ def shortcut(
     """‖u(x_t, t, t) − (ε − a)‖² + ‖u(x_t, t, t − d) − sg[(u₁ + u₂)/2]‖² per sample.
 
     u₁ and u₂ are the teacher's velocities over the first and the second half of [t − d, t], the second from where the
-    first leads. d is a power of two and t a multiple of d, as in the paper's code; the halves of its smallest step are
+    first leads. d is a power of two and t a multiple of d, as in the paper's code (down to 1/64, so 128 sections); the halves of its smallest step are
     instantaneous velocities. Unlike there, every sample enters both terms.
     """
     n = len(actions)
     flow = draw_flow(actions, settings, generator)
     noise = draw_noise(actions, generator)
-    sections = 2.0 ** torch.floor(LEVELS * uniform(n, generator))
-    d = 1 / sections
-    t = (torch.floor(sections * uniform(n, generator)) + 1) * d
-    middle = t - d / 2
-    smallest = sections == 2.0 ** (LEVELS - 1)
+    t, end, smallest = grid_intervals(n, generator)
+    middle = (t + end) / 2
     x = interpolate(actions, noise, t)
     with torch.no_grad():
         first = fill_padding(teacher(x, t, torch.where(smallest, t, middle)), noise - actions, mask)
         x_middle = interval_step(x, first, t, middle)
-        target = (first + teacher(x_middle, middle, torch.where(smallest, middle, t - d))) / 2
-    u = student(torch.cat([flow.x, x]), torch.cat([flow.t, t]), torch.cat([flow.t, t - d])).split(n)
+        target = (first + teacher(x_middle, middle, torch.where(smallest, middle, end))) / 2
+    u = student(torch.cat([flow.x, x]), torch.cat([flow.t, t]), torch.cat([flow.t, end])).split(n)
     flow_loss = masked_mean((u[0] - flow.velocity).square(), mask)
     consistency = masked_mean((u[1] - target).square(), mask)
     return Losses(

@@ -18,8 +18,9 @@ from lerobot.utils.constants import ACTION
 from torch import Generator, Tensor
 
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
-from ..flow_map.path import Velocity
+from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
+from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .ofp.scalars import LaggingScalars
@@ -246,6 +247,33 @@ class FlowMapPolicy(PreTrainedPolicy):
             self._queue.extend(chunk[:, :executed].transpose(0, 1))
             self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None
         return self._queue.popleft()
+
+    def _start(
+        self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, float]:
+        """Where sampling starts: x (test_time_samples·b, horizon, action_dim) at a time. rest as of `_usable_rest`."""
+        k = self.config.test_time_samples
+        shape = (k * b, self.config.chunk_size, action_dim)
+        if noise is None:
+            noise = torch.randn(shape, device=device)
+        elif tuple(noise.shape) != shape:
+            many = f", test_time_samples={k} for each of {b} observations" if k > 1 else ""
+            raise ValueError(f"noise must be {shape}{many}, got {tuple(noise.shape)}")
+        noise = noise.to(device, torch.float32)
+        if rest is None or not self.config.warm_start:
+            return noise, 1.0
+        return warm_start(noise, rest.repeat(k, 1, 1), self.config.warm_start)
+
+    def _choose(self, chunks: Tensor) -> Tensor:
+        """The answers (b, horizon, action) among chunks (test_time_samples·b, horizon, action)."""
+        k = self.config.test_time_samples
+        return chunks if k == 1 else densest(chunks.unflatten(0, (k, -1)))
+
+    @staticmethod
+    def _require_finite(actions: Tensor) -> Tensor:
+        if not torch.isfinite(actions).all():
+            raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
+        return actions
 
     def _usable_rest(self, rest: Tensor | None, b: int, device: torch.device) -> Tensor | None:
         """The leftover as (b, steps, action), without the zero rows that LeRobot's rollout pads it with."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from ...engine import Engine
-from ...flow_map.path import blend_prefix, sample_chunk, time_grid, warm_start
+from ...flow_map.path import blend_prefix, sample_chunk, time_grid
 from ..common import FlowMapPolicy
 from . import weights
 from .configuration_ofp import OFPConfig
@@ -231,37 +231,29 @@ class OFPPolicy(FlowMapPolicy):
     ) -> Tensor:
         """An action chunk (b, chunk_size, action).
 
-        noise (b, chunk_size, max_action_dim), drawn where not given. prev_chunk_left_over (b, steps, action) or
-        (steps, action): the last chunk's unexecuted actions, the next one first; `warm_start` starts from it, and
-        with real-time chunking its first `inference_delay` actions are kept exactly, later ones blended in by
-        LeRobot's prefix weights. Raises ValueError where the answer is not finite.
+        noise (test_time_samples·b, chunk_size, max_action_dim), drawn where not given; that of the first sample of
+        every observation comes first. prev_chunk_left_over (b, steps, action) or (steps, action): the last chunk's
+        unexecuted actions, the next one first; `warm_start` starts from it, and with real-time chunking its first
+        `inference_delay` actions are kept exactly, later ones blended in by LeRobot's prefix weights. Raises
+        ValueError where the answer is not finite.
         """
         if self.training:
             self.eval()
         observation = self._observe(batch)
         b, device = len(observation.tokens), self.model.action_in_proj.weight.device
-        shape = (b, self.config.chunk_size, self.config.max_action_dim)
-        if noise is None:
-            noise = torch.randn(shape, device=device)
-        elif tuple(noise.shape) != shape:
-            raise ValueError(f"noise must be {shape}, got {tuple(noise.shape)}")
-        noise = noise.to(device, torch.float32)
         rest = self._usable_rest(prev_chunk_left_over, b, device)
         if rest is not None and self._rtc_enabled() and self.config.warm_start:
             self._require_whole_rest(prev_chunk_left_over)
 
-        x, start = noise, 1.0
-        if rest is not None and self.config.warm_start:
-            x, start = warm_start(noise, rest, self.config.warm_start)
+        x, start = self._start(noise, b, self.config.max_action_dim, rest, device)
         actions = self._sample(observation, x, start)[..., : self.config.output_features[ACTION].shape[0]]
+        actions = self._choose(actions)
         if rest is not None and self._rtc_enabled():
             actions = self._keep_prefix(actions, rest, inference_delay or 0, execution_horizon)
-        if not torch.isfinite(actions).all():
-            raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
-        return actions
+        return self._require_finite(actions)
 
     def _sample(self, observation: Observation, x: Tensor, start: float) -> Tensor:
-        """Carries x (b, chunk_size, max_action_dim) from time `start` to the actions."""
+        """Carries x (n, chunk_size, max_action_dim), n a multiple of b, from time `start` to the actions."""
         steps, sampler = self.config.num_inference_steps, self.config.sampler
         if self._engine is not None:
             grid = time_grid(steps, start)

@@ -11,7 +11,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
-from ...flow_map.path import sample_chunk, warm_start
+from ...flow_map.path import sample_chunk
 from ..common import FlowMapPolicy
 from ..ofp.training_state import load_training_state, resumed_from, state_path
 from .configuration_ofp_unet import OFPUnetConfig
@@ -63,24 +63,16 @@ class OFPUnetPolicy(FlowMapPolicy):
     ) -> Tensor:
         """An action chunk (b, horizon, action).
 
-        noise (b, horizon, action), drawn where not given. prev_chunk_left_over (b, steps, action): the last chunk's
-        unexecuted actions, the next one first, from which `warm_start` starts. Raises ValueError where the answer is
-        not finite.
+        noise (test_time_samples·b, horizon, action), drawn where not given; that of the first sample of every
+        observation comes first. prev_chunk_left_over (b, steps, action): the last chunk's unexecuted actions, the next
+        one first, from which `warm_start` starts. Raises ValueError where the answer is not finite.
         """
         if self.training:
             self.eval()
         prefix = self.model.encode(*self._prepare_observation(batch))
         b, device = len(prefix.features), prefix.features.device
-        shape = (b, self.config.horizon, self.config.output_features[ACTION].shape[0])
-        noise = torch.randn(shape, device=device) if noise is None else noise.to(device, torch.float32)
-        if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must be {shape}, got {tuple(noise.shape)}")
         rest = self._usable_rest(prev_chunk_left_over, b, device)
-        x, start = noise, 1.0
-        if rest is not None and self.config.warm_start:
-            x, start = warm_start(noise, rest, self.config.warm_start)
+        x, start = self._start(noise, b, self.config.output_features[ACTION].shape[0], rest, device)
         steps, sampler = self.config.num_inference_steps, self.config.sampler
-        actions = sample_chunk(partial(self.model, prefix), x, steps=steps, sampler=sampler, start=start)
-        if not torch.isfinite(actions).all():
-            raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
-        return actions
+        chunks = sample_chunk(partial(self.model, prefix), x, steps=steps, sampler=sampler, start=start)
+        return self._require_finite(self._choose(chunks))
