@@ -164,7 +164,9 @@ def plot(report: Row, path: Path) -> None:
             error = np.abs(np.array([row["ci95"] for row in rows]).T - success)
             style = {"marker": "o", "capsize": 2, "linestyle": "--" if warm else "-", "label": label}
             left.errorbar([row["steps"] for row in rows], success, yerr=error, **style)
-            right.errorbar([times[row["sampler"], row["steps"], row["samples"]] for row in rows], success, yerr=error, **style)
+            right.errorbar(
+                [times[row["sampler"], row["steps"], row["samples"]] for row in rows], success, yerr=error, **style
+            )
         left.set(xscale="log", xlabel="evaluations per chunk", ylabel=f"success, {condition}", ylim=(0, 1.02))
         right.set(xscale="log", xlabel="milliseconds per chunk")
     axes[0, 0].legend(fontsize=7)

@@ -88,6 +88,37 @@ def test_answers_as_stock_lerobot(steps):
     assert_same(fast.predict_action_chunk(batch, noise=noise), expected[..., : small.ACTIONS])
 
 
+@pytest.mark.parametrize("samples", [2, 5])
+def test_samples_that_share_a_prefix_answer_as_stock_lerobot_alone(samples):
+    """Texts of one length and of several, one observation and three; Euler is what stock has."""
+    silent = small.ofp_policy()
+    stock = small.stock_policy(silent)
+    fast = fast_copy(silent, sampler="euler", num_inference_steps=2)
+    for b, text in ((1, small.TEXT), (3, 4)):
+        batch = small.batch(b, text=text, seed=b)
+        noise = torch.randn(samples, b, small.HORIZON, 8)
+        inputs = stock_inputs(stock, batch)
+        with torch.no_grad():
+            expected = [stock.model.sample_actions(*inputs, noise=each, num_steps=2) for each in noise]
+            actual = fast._sample(fast._observe(batch), noise.flatten(0, 1), 1.0)
+        assert used(fast)
+        assert_same(actual, torch.cat(expected))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_samples_that_share_a_prefix_answer_as_the_plain_path(dtype):
+    plain = small.ofp_policy(branch=0.1, dtype=dtype, test_time_samples=3)
+    fast = fast_copy(plain, dtype=dtype, test_time_samples=3)
+    for seed, start in ((0, 1.0), (1, 0.8)):
+        batch = small.batch(2, seed=seed)
+        noise = torch.randn(6, small.HORIZON, 8)
+        with torch.no_grad():
+            expected, actual = (policy._sample(policy._observe(batch), noise, start) for policy in (plain, fast))
+        assert_same(actual, expected, TOLERANCE[dtype])
+        assert fast.predict_action_chunk(batch, noise=noise).shape == (2, small.HORIZON, small.ACTIONS)
+    assert used(fast)
+
+
 def same_everywhere(plain, fast, seeds=(0,), b=2, tolerance=1e-5):
     for seed in seeds:
         batch = small.batch(b, seed=seed)

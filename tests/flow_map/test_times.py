@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ofp_lerobot.flow_map.times import MIN_GAP, contraction, halve, power_times, segments, uniform
+from ofp_lerobot.flow_map.times import MIN_GAP, contraction, grid_intervals, halve, power_times, segments, uniform
 
 N = 40_000
 P_VALUE = 1e-3  # the draws are seeded, so a test passes always or never
@@ -39,7 +39,7 @@ def test_power_times_are_beta(alpha, scale, offset):
 
 @pytest.mark.parametrize("rho", [1.0, 0.25, 0.05])
 def test_segments_are_ordered(rho):
-    t, m, r, kappa = segments(N, generator(), rho=rho)
+    t, m, r, kappa, *_ = segments(N, generator(), rho=rho)
     rounding = 1e-6
     assert all(x.shape == (N,) and x.dtype == torch.float32 for x in (t, m, r, kappa))
     assert bool((r >= 0).all() and (t <= 1).all())
@@ -52,7 +52,7 @@ def test_segments_are_ordered(rho):
 
 def test_shares_of_the_intervals():
     """Half reach the action; half of those start at noise, the others at t ~ U(MIN_GAP, 1)."""
-    t, _, r, _ = segments(N, generator(), rho=0.25)
+    t, _, r, *_ = segments(N, generator(), rho=0.25)
     to_action, from_noise = r == 0, t == 1
     deviation = 4 * 0.5 / math.sqrt(N)
     assert float(to_action.double().mean()) == pytest.approx(0.5, abs=deviation)
@@ -62,7 +62,7 @@ def test_shares_of_the_intervals():
 
 
 def test_inner_intervals_are_two_sorted_uniforms_with_a_gap():
-    t, _, r, _ = segments(N, generator(), rho=0.25)
+    t, _, r, *_ = segments(N, generator(), rho=0.25)
     inner = r > 0
     low, high = r[inner] / (1 - MIN_GAP), (t[inner] - MIN_GAP) / (1 - MIN_GAP)
     assert_distribution(low, stats.beta(1, 2))
@@ -71,7 +71,7 @@ def test_inner_intervals_are_two_sorted_uniforms_with_a_gap():
 
 
 def test_first_segments_do_not_depend_on_the_interval():
-    t, _, r, kappa = segments(N, generator(), rho=1.0)
+    t, _, r, kappa, *_ = segments(N, generator(), rho=1.0)
     for other in (t, r):
         assert abs(np.corrcoef(kappa.numpy(), other.numpy())[0, 1]) < 4 / math.sqrt(N)
 
@@ -83,7 +83,7 @@ def test_draws_follow_the_generator():
         segments(50, generator(4), rho=0.5),
         strict=True,
     ):
-        assert torch.equal(first, second) and not torch.equal(first, third)
+        assert torch.equal(first, second) and (first.dtype == torch.bool or not torch.equal(first, third))
 
 
 def test_contraction_endpoints_and_shape():
@@ -101,12 +101,35 @@ def test_contraction_without_a_schedule_is_its_end():
     assert contraction(0.0, start=1.0, end=0.05, fraction=0.0) == pytest.approx(0.05)
 
 
+def test_grid_intervals_are_shortcuts():
+    """Lengths 1 … 1/64 equally often, and of each the multiples of it equally often."""
+    t, r, narrowest = grid_intervals(N, generator())
+    length = t - r
+    assert torch.equal(narrowest, length == 1 / 64)
+    for k in range(7):
+        chosen = length == 1 / 2**k
+        assert float(chosen.double().mean()) == pytest.approx(1 / 7, abs=4 / math.sqrt(N))
+        counts = np.bincount((t[chosen] * 2**k).long().numpy(), minlength=2**k + 1)
+        assert counts[0] == 0 and len(counts) == 2**k + 1
+        assert k == 0 or stats.chisquare(counts[1:]).pvalue > P_VALUE
+    assert bool(((t * 64).frac() == 0).all() and ((t / length).frac() == 0).all())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_halved_intervals_are_cut_in_the_middle_and_the_others_left(share):
-    cut = segments(4000, torch.Generator().manual_seed(0), rho=0.2)
-    after, halved = halve(cut, torch.Generator().manual_seed(1), share)
+def test_halved_intervals_are_cut_in_the_middle_half_of_them_on_the_grid(share):
+    n = 8000
+    cut = segments(n, torch.Generator().manual_seed(0), rho=0.2)
+    assert not cut.halved.any() and not cut.narrow.any()
+    after = halve(cut, torch.Generator().manual_seed(1), share)
+    halved = after.halved
     assert halved.double().mean().item() == pytest.approx(share, abs=0.03)
-    for before, now in zip(cut, after, strict=True):
+    for before, now in zip(cut[:4], after[:4], strict=True):
         assert torch.equal(before[~halved], now[~halved])
-    torch.testing.assert_close(after.m[halved], (cut.t + cut.r)[halved] / 2)
-    assert torch.equal(after.t, cut.t) and torch.equal(after.r, cut.r) and (after.kappa[halved] == 0.5).all()
+    torch.testing.assert_close(after.m[halved], (after.t + after.r)[halved] / 2)
+    assert (after.kappa[halved] == 0.5).all()
+    moved = (after.t != cut.t) | (after.r != cut.r)
+    assert moved.double().mean().item() == pytest.approx(share / 2, abs=0.03) and not moved[~halved].any()
+    assert ((after.t[moved] * 64).frac() == 0).all() and ((after.r[moved] * 64).frac() == 0).all()
+    # One in seven lengths of the grid is the narrowest.
+    assert after.narrow.double().mean().item() == pytest.approx(share / 14, abs=0.015)
+    assert ((after.t - after.r)[after.narrow] == 1 / 64).all() and moved[after.narrow].all()

@@ -18,6 +18,7 @@ from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_stat
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import runs, small
+from tests.flow_map.test_selection import by_hand
 
 HORIZON, CAMERA = small.HORIZON, small.CAMERAS[0]
 SIZES = {"down_dims": (16, 32), "diffusion_step_embed_dim": 16, "spatial_softmax_num_keypoints": 4, "horizon": HORIZON}
@@ -187,6 +188,21 @@ def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
     policy = OFPUnetPolicy.from_pretrained(runs.checkpoint(second, 2))
     data = {key: torch.rand(2, 3, small.SIZE, small.SIZE) for key in small.CAMERAS}
     assert policy.select_action({**data, OBS_STATE: torch.randn(2, small.STATES)}).shape == (2, small.ACTIONS)
+
+
+@pytest.mark.parametrize("warm", [0.0, 0.3])
+def test_of_several_samples_the_densest_is_the_answer(warm):
+    """Each drawn alone, and chosen by hand."""
+    observed, k, b = batch(), 5, 2
+    policy = unet_policy(branch=0.1, warm_start=warm)
+    noise, rest = torch.randn(k, b, HORIZON, small.ACTIONS), torch.randn(b, 3, small.ACTIONS)
+    alone = [policy.predict_action_chunk(observed, noise=each, prev_chunk_left_over=rest) for each in noise]
+    policy.config.test_time_samples = k
+    answer = policy.predict_action_chunk(observed, noise=noise.flatten(0, 1), prev_chunk_left_over=rest)
+    torch.testing.assert_close(answer, torch.from_numpy(by_hand(torch.stack(alone).numpy())), atol=1e-6, rtol=0)
+    assert policy.predict_action_chunk(observed).shape == answer.shape
+    with pytest.raises(ValueError, match=r"noise must be \(10, 8, .*test_time_samples=5 for each of 2 observations"):
+        policy.predict_action_chunk(observed, noise=noise[0])
 
 
 def test_chunks_are_executed_in_order_and_the_next_starts_from_the_rest():

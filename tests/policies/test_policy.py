@@ -13,6 +13,7 @@ from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.scalars import LaggingScalars
 from ofp_lerobot.policies.ofp.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
 from tests import small
+from tests.flow_map.test_selection import by_hand
 
 
 def loss_of(policy, batch, seed=0):
@@ -227,6 +228,16 @@ def test_one_step_is_noise_minus_velocity():
     torch.testing.assert_close(
         policy.predict_action_chunk(batch, noise=noise), (noise - u)[..., : small.ACTIONS], atol=0, rtol=0
     )
+
+
+def test_of_several_samples_the_densest_is_the_answer():
+    """In the action's own dimensions, each sample drawn alone."""
+    policy, observed = small.ofp_policy(branch=0.2), small.batch(2)
+    noise = torch.randn(5, 2, small.HORIZON, 8)
+    alone = [policy.predict_action_chunk(observed, noise=each) for each in noise]
+    policy.config.test_time_samples = 5
+    answer = policy.predict_action_chunk(observed, noise=noise.flatten(0, 1))
+    torch.testing.assert_close(answer, torch.from_numpy(by_hand(torch.stack(alone).numpy())), atol=1e-5, rtol=0)
 
 
 def test_select_action_executes_n_action_steps_of_each_chunk():

@@ -72,6 +72,21 @@ def test_equals_lerobots_loop(runner, ofp):
         assert np.array_equal(answer.actions, by_hand(policy, ofp, raw, noise))
 
 
+def test_several_samples_are_drawn_from_the_sessions_own_noise(ofp):
+    """The same whether sessions come alone or together, and as the policy answers to that noise."""
+    runner = Runner.load(str(ofp), device="cpu", test_time_samples=3, warm_start=0.0)
+    raws, noise = [observation(seed) for seed in range(2)], draw(6).unflatten(0, (2, 3))
+    together = runner.infer([runner.session(), runner.session()], raws, noise)
+    policy = OFPPolicy.from_pretrained(ofp)
+    policy.config.test_time_samples, policy.config.warm_start = 3, 0.0
+    for i, raw in enumerate(raws):
+        alone = runner.session().infer(raw, noise[i]).actions
+        np.testing.assert_array_equal(alone, by_hand(policy, ofp, raw, noise[i]))
+        np.testing.assert_allclose(together[i].actions, alone, atol=1e-5)
+    first, again, other = (runner.session(seed=1, number=n).infer(raws[0]).actions for n in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
 def test_images_are_normalised_where_the_checkpoint_says_so(dataset, tokenizer, tmp_path):
     """π₀.₅ does not, and its images go past the preprocessor."""
     modes = {"VISUAL": "MEAN_STD", "STATE": "QUANTILES", "ACTION": "QUANTILES"}

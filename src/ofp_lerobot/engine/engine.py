@@ -80,7 +80,7 @@ class Engine:
         *,
         instantaneous: bool,
     ) -> Tensor | None:
-        """Actions (b, s, action_dim) float32 on the network's device, None where the plain path must answer.
+        """Actions (n, horizon, action_dim) float32 on the network's device, None where the plain path must answer.
 
         Arguments as `program.answer`'s, on any device.
         """

@@ -27,11 +27,12 @@ class Inputs(NamedTuple):
 
     @classmethod
     def empty(cls, images: Any, text: int, actions: torch.Size, steps: int, device: torch.device) -> Self:
-        """Inputs of these shapes, of a prompt of padding; images: shape and dtype of each."""
+        """Inputs of these shapes, of a prompt of padding; images: shape (b, ...) and dtype of each."""
+        b = images[0][0][0]
         return cls(
             tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in images),
-            torch.zeros(actions[0], text, dtype=torch.long, device=device),
-            torch.zeros(actions[0], text, dtype=torch.bool, device=device),
+            torch.zeros(b, text, dtype=torch.long, device=device),
+            torch.zeros(b, text, dtype=torch.bool, device=device),
             torch.zeros(actions, device=device),
             torch.linspace(1, 0, steps + 1, device=device),
         )

@@ -1,8 +1,10 @@
 """One answer as a function of fixed shapes: images and text in, actions out, nothing read by the host in between.
 
-What `OFPNetwork.encode` and `forward` do for one draw per observation, with joined matrices, one buffer for all keys
-and values, and everything that depends on the times or positions alone computed once for all steps.
-Shapes: b observations, l prefix tokens, s action steps, k evaluations, d head dimension. Times: t = 1 noise, 0 action.
+What `OFPNetwork.encode` and `forward` do, with joined matrices, one buffer for all keys and values, and everything
+that depends on the times or positions alone computed once for all steps. Several samples of an observation are one
+sequence behind one prefix, each blind to the others.
+Shapes: b observations, l prefix tokens, s action steps of all samples of an observation, k evaluations, d head
+dimension. Times: t = 1 noise, 0 action.
 """
 
 from collections.abc import Sequence
@@ -38,12 +40,15 @@ def answer(
     padded: bool,
     instantaneous: bool,
 ) -> Tensor:
-    """Carries x (b, s, action_dim) float32 along grid (k + 1,), descending times, to the last of them.
+    """Carries x (n, horizon, action_dim) float32 along grid (k + 1,), descending times, to the last of them.
 
-    images: as `prepare_images` takes them; tokens (b, text) long; token_mask (b, text) bool, read where `padded`.
+    n is a multiple of b; sample i reads observation i modulo b. images: as `prepare_images` takes them; tokens (b, text) long; token_mask (b, text) bool, read where `padded`.
     instantaneous: velocities at t (r = t) instead of averages over the intervals.
     """
-    b, s = x.shape[:2]
+    b, horizon = len(tokens), x.shape[1]
+    samples = len(x) // b
+    x = x.unflatten(0, (samples, b)).transpose(0, 1).flatten(1, 2)
+    s = x.shape[1]
     vlm, expert = network.vlm, network.expert
     side = vlm.vision_tower.config.image_size
     pixels = prepare_images(images, (side, side))
@@ -55,21 +60,30 @@ def answer(
     attention = expert.layers[0].self_attn
     kv_heads = weights.prefix_kv.weight.shape[0] // 2 // attention.head_dim
     memory = hidden.new_empty(len(expert.layers), 2, b, kv_heads, length + s, attention.head_dim)
-    seen = F.pad(mask, (0, s), value=True)[:, None, None] if padded else None  # False where no query looks
-    _encode(network, weights, hidden, rotation, memory, seen)
+    _encode(network, weights, hidden, rotation, memory, mask[:, None, None] if padded else None)
 
     t = grid[:-1]
     r = t if instantaneous else grid[1:]
     modulations = _modulate(network, weights, network.condition(t, r))
     hidden_dtype = expert.layers[0].mlp.up_proj.weight.dtype
-    position = mask.sum(dim=1, keepdim=True) + torch.arange(s, device=x.device)
+    position = mask.sum(dim=1, keepdim=True) + torch.arange(horizon, device=x.device).repeat(samples)
     rotation = _rotation(expert.rotary_emb, x.new_empty(0, dtype=hidden_dtype), position)
+    seen = _seen(mask, samples, horizon, padded=padded)
     for step, modulation in enumerate(modulations):
         hidden = network.action_in_proj(x.to(network.action_in_proj.weight.dtype)).to(hidden_dtype)
         hidden = _evaluate(network, weights, hidden, modulation, rotation, memory, seen)
         velocity = network.action_out_proj(hidden.to(network.action_out_proj.weight.dtype)).float()
         x = interval_step(x, velocity, grid[step : step + 1], grid[step + 1 : step + 2])
-    return x
+    return x.unflatten(1, (samples, horizon)).transpose(0, 1).flatten(0, 1)
+
+
+def _seen(mask: Tensor, samples: int, horizon: int, *, padded: bool) -> Tensor | None:
+    """Where action queries look (b, 1, 1 or s, l + s), None for everywhere: at the prefix mask (b, l), at their own."""
+    if samples == 1:
+        return F.pad(mask, (0, horizon), value=True)[:, None, None] if padded else None
+    sample = torch.arange(samples, device=mask.device).repeat_interleave(horizon)
+    own = sample[:, None] == sample
+    return torch.cat([mask[:, None].expand(-1, len(own), -1), own.expand(len(mask), -1, -1)], dim=2)[:, None]
 
 
 def _embed_images(network: OFPNetwork, weights: Weights, pixels: Tensor) -> Tensor:
@@ -94,10 +108,9 @@ def _embed_images(network: OFPNetwork, weights: Weights, pixels: Tensor) -> Tens
 def _encode(
     network: OFPNetwork, weights: Weights, hidden: Tensor, rotation: Rotation, memory: Tensor, seen: Tensor | None
 ) -> None:
-    """Writes the prefix's keys and values into `memory` (layers, 2, b, kv heads, l + s, d)."""
+    """Writes the prefix's keys and values into `memory` (layers, 2, b, kv heads, l + s, d). seen (b, 1, 1, l)."""
     *layers, last = network.vlm.language_model.layers
     length = hidden.shape[1]
-    seen = None if seen is None else seen[..., :length]
     for layer, qkv, gate_up, (keys, values) in zip(
         layers, weights.prefix_qkv, weights.prefix_gate_up, memory[:-1], strict=True
     ):

@@ -15,5 +15,7 @@ def densest(samples: Tensor) -> Tensor:
     points = samples.reshape(k, b, -1).transpose(0, 1).float()
     # Between samples that are alike, `cdist`'s shortcut by dot products would lose the distance to rounding.
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = distances.topk(1 + -(-k // 4), dim=2, largest=False).values.sum(dim=2)  # itself at 0
-    return samples[nearest.argmin(dim=1), torch.arange(b, device=samples.device)]
+    counted = min(k, 1 + -(-k // 4))  # itself too, at 0
+    loneliness = distances.topk(counted, dim=2, largest=False).values.sum(dim=2)
+    loneliness = loneliness.masked_fill(~torch.isfinite(points).all(dim=2), -1.0)
+    return samples[loneliness.argmin(dim=1), torch.arange(b, device=samples.device)]

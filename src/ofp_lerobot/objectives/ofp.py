@@ -32,8 +32,9 @@ def ofp(
     x_m = x_t − (t − m)·v ("marginal"). h is the identity ("squared", the paper's) or the pseudo-Huber norm of
     arXiv 2310.14189, h(e²) = √(e² + c²) − c: the marginal target has no noise that must be averaged, and where the
     map is steep, between modes, squares would smooth it.
-    A share of the intervals is halved instead, as in shortcut models (arXiv 2410.12557): κ = ½ and
-    v = u⁻(x_t, t, m), for which the exact map is a fixed point at any width.
+    A share of the intervals, by default all, is halved instead, as in shortcut models (arXiv 2410.12557): κ = ½ and
+    v = u⁻(x_t, t, m), for which the exact map is a fixed point at any width. Where such an interval is `narrow`
+    (`flow_map.times.Segments`), v and the second half's velocity are the instantaneous ones.
     L_sg = ‖y − sg[y + g]‖², y = u(x_t, t, 0), g = u⁻(x̃, t′, t′) − u⁻(x̃, t′, t′ ∣ ∅), where x̃ is the one-step
     answer â = x_t − t·y renoised to t′; from the end of the contraction on.
     """
@@ -57,7 +58,7 @@ def ofp(
     if settings.first_segment == "marginal" or settings.halved_share > 0:
         with torch.no_grad():
             told = teacher(x_c, cut.t, torch.where(cut.halved & ~cut.narrow, cut.m, cut.t))
-        told = fill_padding(told, first, mask)
+            told = fill_padding(told, first, mask)
         if settings.first_segment == "conditional":
             told = torch.where(expand_time(cut.halved, told), told, first)
         first = told

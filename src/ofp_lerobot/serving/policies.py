@@ -65,6 +65,11 @@ class ServedPolicy(NamedTuple):
         return self.config.sampler if isinstance(self.config, OFPConfig) else "euler"
 
     @property
+    def test_time_samples(self) -> int:
+        """Samples of which one is the answer."""
+        return self.config.test_time_samples if isinstance(self.config, OFPConfig) else 1
+
+    @property
     def inference_engine(self) -> bool:
         """Whether chunks go through our fast path."""
         return isinstance(self.config, OFPConfig) and self.config.inference_engine
@@ -81,9 +86,10 @@ class ServedPolicy(NamedTuple):
     def predict(self, batch: dict[str, Any], noise: Tensor, rest: Tensor | None) -> Tensor:
         """Normalised chunks (b, chunk_size, a) of a preprocessed batch.
 
-        noise (b, chunk_size, max_action_dim), rest (b, steps, a) normalised: only with `warm_start`.
+        noise (b, test_time_samples, chunk_size, max_action_dim), rest (b, steps, a) normalised: only with `warm_start`.
         """
         kwargs: dict[str, Any] = {} if rest is None else {"prev_chunk_left_over": rest}
+        noise = noise.transpose(0, 1).flatten(0, 1)
         return self.policy.predict_action_chunk(batch, noise=noise.to(self.config.device), **kwargs)
 
 

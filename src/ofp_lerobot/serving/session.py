@@ -45,7 +45,7 @@ class Session:
         self._rest: Tensor | None = None  # see Runner._kept
 
     def infer(self, observation: Mapping[str, Any], noise: Tensor | None = None) -> Answer:
-        """As `Runner.infer`, for this session alone. noise (chunk_size, max_action_dim)."""
+        """As `Runner.infer`, for this session alone. noise: as there, without n."""
         return self._runner.infer([self], [observation], None if noise is None else noise[None])[0]
 
     def reset(self, seed: int | None = None) -> None:
@@ -151,7 +151,8 @@ class Runner:
     ) -> list[Answer]:
         """Chunks for n sessions, in their order. Observations as `ObservationReader.read` takes them.
 
-        noise (n, chunk_size, max_action_dim) in place of the sessions' own. What fits is one batch; sessions that
+        noise (n, chunk_size, max_action_dim) in place of the sessions' own; with `test_time_samples` over 1
+        (n, test_time_samples, chunk_size, max_action_dim). What fits is one batch; sessions that
         have just been reset and images of another size run beside it. Raises ObservationError before anything runs,
         ValueError where the policy's answer is not finite; either way the sessions keep their plans.
         """
@@ -162,6 +163,7 @@ class Runner:
             samples = self._read(observations)
             if noise is None:
                 noise = torch.stack([self._noise(session) for session in sessions])
+            noise = noise.view(len(sessions), self.served.test_time_samples, *noise.shape[-2:])
             groups: dict[Any, list[int]] = {}
             for i, (session, sample) in enumerate(zip(sessions, samples, strict=True)):
                 groups.setdefault((sample.shapes, session._rest is None), []).append(i)
@@ -190,7 +192,8 @@ class Runner:
 
     def _noise(self, session: Session) -> Tensor:
         config = self.served.config
-        return torch.randn(config.chunk_size, config.max_action_dim, generator=session._generator)
+        shape = (self.served.test_time_samples, config.chunk_size, config.max_action_dim)
+        return torch.randn(shape, generator=session._generator)
 
     def _run(
         self, samples: list[Sample], noise: Tensor, rests: list[Tensor]

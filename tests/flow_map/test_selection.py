@@ -1,0 +1,49 @@
+"""The choice among samples, against the definition written out."""
+
+import numpy as np
+import pytest
+import torch
+
+from ofp_lerobot.flow_map.selection import densest
+
+
+def by_hand(samples: np.ndarray) -> np.ndarray:
+    """Of each column the sample with the least mean distance to its ⌈k/4⌉ nearest others."""
+    chosen = []
+    for column in samples.transpose(1, 0, 2, 3):
+        loneliness = []
+        for i, sample in enumerate(column):
+            others = [np.sqrt(((sample - other) ** 2).sum()) for j, other in enumerate(column) if j != i]
+            loneliness.append(np.mean(sorted(others)[: int(np.ceil(len(column) / 4))]) if others else 0.0)
+        chosen.append(column[int(np.argmin(loneliness))])
+    return np.stack(chosen)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 13])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_is_the_sample_nearest_to_its_nearest(k, seed):
+    samples = torch.randn(k, 5, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    np.testing.assert_array_equal(densest(samples.float()).numpy(), by_hand(samples.float().double().numpy()))
+
+
+def test_it_stays_in_a_mode_where_the_medoid_is_between_them():
+    modes = torch.tensor([-1.0, 1.0]).repeat_interleave(4) + 0.01 * torch.arange(8) / 8
+    samples = torch.cat([torch.zeros(1), modes]).view(9, 1, 1, 1)
+    medoid = samples.flatten()[torch.cdist(samples.flatten(1), samples.flatten(1)).sum(1).argmin()]
+    assert medoid == 0
+    assert abs(abs(densest(samples).item()) - 1) < 0.02
+
+
+def test_samples_that_are_alike_are_told_apart():
+    """Distances of 1e-4 beside coordinates of 10."""
+    at = torch.tensor([0.0, 1.0, 3.0, 3.4, 9.0, 20.0, 30.0, 40.0])
+    samples = (10 + 1e-4 * at).view(8, 1, 1, 1).expand(8, 1, 4, 8)
+    assert densest(samples)[0, 0, 0] == samples[2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_go_unnoticed(bad):
+    samples = torch.randn(8, 2, 4, 3)
+    samples[5, 1, 0, 0] = bad
+    answer = densest(samples)
+    assert torch.isfinite(answer[0]).all() and not torch.isfinite(answer[1]).all()
