@@ -7,7 +7,8 @@ The run fails (exit code 1) when OFP misses its bars.
 
     python benchmarks/toy.py --seeds 3 --objectives ofp flow_matching shortcut --json outputs/toy_few.json
     python benchmarks/toy.py --seeds 3 --starts flow_matching scratch --json outputs/toy.json
-    python benchmarks/toy.py --seeds 1 --objectives ofp --set first_segment=conditional consistency_norm=squared
+    python benchmarks/toy.py --seeds 1 --objectives ofp --set halved_share=0 first_segment=conditional \\
+        consistency_norm=squared guidance_weight=0.01 condition_dropout=0.1     # the paper's
 
 Shapes: observations (n, 3), chunks (n, HORIZON, ACTION_DIM), times (n,) with t = 1 noise and t = 0 action.
 """

@@ -38,14 +38,9 @@ COUNTED = {**MODES, "full, checkpointing": {"gradient_checkpointing": True}}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of gradients: bfloat16's own error is 1e-2
 AFTER_CONTRACTION = 0.9  # progress at which guidance is on
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "conditional, guidance off": {
-        "first_segment": "conditional",
-        "consistency_norm": "squared",
-        "halved_share": 0.0,
-        "guidance_weight": 0.0,
-    },
-    "marginal, guidance off": {"first_segment": "marginal", "guidance_weight": 0.0},
-    "marginal, guidance on": {"first_segment": "marginal"},
+    "conditional": {"first_segment": "conditional", "consistency_norm": "squared", "halved_share": 0.0},
+    "default": {},
+    "default and guidance": {"guidance_weight": 0.01, "condition_dropout": 0.1},
 }
 
 

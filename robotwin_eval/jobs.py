@@ -21,8 +21,8 @@ from .results import Chunk, Key
 class PolicySpec:
     """A checkpoint and how it answers; None is the checkpoint's own setting.
 
-    steps: network evaluations per chunk; horizon: actions executed of each chunk; engine: the fast path of `ofp`;
-    rename_map: LeRobot's.
+    steps: network evaluations per chunk; samples: of which one is answered; horizon: actions executed of each chunk;
+    engine: the fast path of `ofp`; rename_map: LeRobot's.
     """
 
     name: str
@@ -30,6 +30,7 @@ class PolicySpec:
     steps: int | None = None
     sampler: str | None = None
     warm_start: float | None = None
+    samples: int | None = None
     horizon: int | None = None
     engine: bool | None = None
     rename_map: Mapping[str, str] = field(default_factory=dict)
@@ -46,7 +47,8 @@ class PolicySpec:
             raise UserError(f"a policy needs {' and '.join(missing)}, as name=one,path=<checkpoint>,steps=1")
         try:
             spec = cls(**{**values, "name": str(values["name"]), "path": str(values["path"])})
-            for key, kind in (("steps", int), ("horizon", int), ("warm_start", float), ("engine", bool)):
+            kinds = {"steps": int, "samples": int, "horizon": int, "warm_start": float, "engine": bool}
+            for key, kind in kinds.items():
                 if (value := getattr(spec, key)) is not None:
                     object.__setattr__(spec, key, _as(kind, key, value))
         except (TypeError, ValueError) as error:

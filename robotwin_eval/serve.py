@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             inference_engine=args.inference_engine,
             sampler=args.sampler,
             warm_start=args.warm_start,
+            test_time_samples=args.test_time_samples,
         )
         server = PolicyServer(runner, args.host, args.port, args.rename_map, args.seed)
     except (UserError, OSError) as error:
@@ -282,6 +283,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warm-start", type=float, help="of an `ofp` checkpoint: share of the old plan, .15 is the paper's"
     )
+    parser.add_argument("--test-time-samples", type=int, help="of an `ofp` checkpoint: chunks drawn, one is answered")
     parser.add_argument(
         "--execution-horizon", type=at_least(1), help="actions executed of a chunk (default: n_action_steps)"
     )

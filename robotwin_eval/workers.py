@@ -138,6 +138,7 @@ class Player:
                 inference_engine=spec.engine,
                 sampler=spec.sampler,
                 warm_start=spec.warm_start,
+                test_time_samples=spec.samples,
             )
             runner.warm_up()
             self._loaded = spec, runner

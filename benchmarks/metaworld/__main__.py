@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     for row in report["latency"]:
         print(
-            f"{row['sampler']:>9} {row['steps']:>4} evaluations of {row['samples']}: {row['chunk_ms']:7.2f} ms a chunk, "
-            f"{row['action_pass_ms']:7.2f} ms the action passes"
+            f"{row['sampler']:>9} {row['steps']:>4} evaluations of {row['samples']}: {row['chunk_ms']:7.2f} ms "
+            f"a chunk, {row['action_pass_ms']:7.2f} ms the action passes"
         )
     print(f"LeRobot's diffusion, 100 steps: {report['diffusion_chunk_ms']:.2f} ms a chunk")
     for check in report["bars"]:

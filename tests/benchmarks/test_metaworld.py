@@ -75,7 +75,7 @@ def test_the_clean_demonstrator_is_the_expert_and_the_noisy_one_is_slower_and_di
     assert pace.min() >= 0.6 and pace.max() <= 1 and np.ptp(pace) < 1e-3
 
 
-def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flow_map"):
+def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flow_map", samples=1):
     return {
         "condition": "clean",
         "objective": objective,
@@ -83,6 +83,7 @@ def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flo
         "sampler": sampler,
         "steps": steps,
         "warm_start": warm,
+        "samples": samples,
         "seed": seed,
         "task": task,
         "solved": solved,
@@ -112,7 +113,7 @@ def test_rows_join_tasks_and_seeds():
         [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)], abs=1e-4
     )
     assert two["success"] == 1 and two["seed_spread"] is None
-    assert "| clean | ofp | flow_matching | 1 flow_map | – | 0.38 [0.18, 0.61] |" in report.table([one, two])
+    assert "| clean | ofp | flow_matching | 1 flow_map | – | 1 | 0.38 [0.18, 0.61] |" in report.table([one, two])
 
 
 def test_bars_compare_the_same_episodes():
@@ -122,12 +123,16 @@ def test_bars_compare_the_same_episodes():
             results.append(result("ofp", 1, [1, 1, 1, 0], seed, task))
             results.append(result("ofp", 2, [1, 1, 1, 1], seed, task))
             results.append(result("shortcut", 1, [1, 1, 1, 1], seed, task))
+            results.append(result("ofp", 1, [1, 1, 1, 1], seed, task, samples=8))
+            results.append(result("shortcut", 1, [1, 1, 1, 0], seed, task, samples=8))
             results.append(result("flow_matching", 1, [0, 0, 0, 0], seed, task, sampler="euler"))
+            results.append(result("flow_matching", 1, [1, 1, 1, 1], seed, task, sampler="euler", samples=8))
             results.append(
                 result("flow_matching", 10, [1, 1, 0, 0] if seed else [1, 1, 1, 1], seed, task, sampler="euler")
             )
     rows = report.rows_of(results)
-    ours, flow = rows[0], rows[4]
+    ours = rows[0]
+    (flow,) = (row for row in rows if row["steps"] == 10)
     mean, low, high = report.paired_difference(ours, flow)
     # Per seed and task: −¼ twice and ¼ four times.
     assert mean == pytest.approx(1 / 12) and -0.25 <= low < mean < high <= 0.5
@@ -140,9 +145,14 @@ def test_bars_compare_the_same_episodes():
     assert (mean - low, high - mean) == pytest.approx((error, error), rel=0.1)
     checks = {check["what"].split(",")[0]: check for check in report.bars(rows)}
     assert checks["one step (no warm start) - best flow matching (10 steps)"]["mean"] == pytest.approx(1 / 12)
-    rival = checks["one step - best rival's one step (shortcut)"]
+    rival = checks["one step - best rival's (shortcut)"]
     assert rival["value"] == -0.25 and not rival["holds"]
+    # Several samples: ours against single answers of flow matching, and against the rival's several.
+    several = checks["one step (the densest of several) - best flow matching (10 steps)"]
+    assert several["mean"] == pytest.approx(1 / 3)
     assert checks["two steps - one step"]["holds"]
+    alike = {check["what"]: check["value"] for check in report.bars(rows)}
+    assert alike["one step, the densest of several - best rival's (shortcut)"] == 0.25
 
 
 def test_every_budget_is_consistent():
@@ -195,7 +205,7 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     assert ofp["steps"] == 2 and ofp["samples_per_step"]["with_gradient"] >= 8
 
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
-    samplings = [ev.Sampling("flow_map", 1), ev.Sampling("euler", 2, 0.15)]
+    samplings = [ev.Sampling("flow_map", 1), ev.Sampling("euler", 2, 0.15), ev.Sampling("flow_map", 1, samples=3)]
     results = ev.measure(tmp_path / "ofp", samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
     for found in results:
         assert (

@@ -36,6 +36,8 @@ def test_goals_are_ten_step_flow_matching_and_the_best_rival():
         ("flow_matching: one step <= ten-step flow matching", 0.01, 0.02),
         ("flow_matching: one step <= the best rival's (shortcut)", 0.01, 0.005),
     ]
+    # Flow matching that trained on counts too, where it is better.
+    assert toy.goals([*rows, row("flow_matching", "flow_matching", 10, 0.008)])[0][2] == 0.008
 
 
 def test_a_tiny_run_of_every_objective_from_both_starts(monkeypatch, tmp_path):

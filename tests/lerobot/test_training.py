@@ -166,7 +166,14 @@ def test_rename_map_says_what_to_add_and_then_works(pi05_checkpoint, dataset, tm
         {"gradient_checkpointing": "true", "freeze_vision_encoder": "true"},
         {"objective": "flow_matching"},
         {"use_relative_actions": "true"},
-        {"first_segment": "conditional", "num_noise_draws": 3},
+        {"num_noise_draws": 3},
+        {
+            "first_segment": "conditional",
+            "consistency_norm": "squared",
+            "halved_share": 0,
+            "guidance_weight": 0.01,
+            "condition_dropout": 0.1,
+        },
     ],
     ids=lambda c: next(iter(c)),
 )

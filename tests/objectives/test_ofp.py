@@ -50,7 +50,8 @@ class Case:
         self.gradients = [gradient[k * n : (k + 1) * n] for k in range(len(gradient) // n)]
         self.first = self.blocks(self.teacher, 0)[0] if len(self.teacher.inputs) > 1 else None
         self.second, *renoised = self.blocks(self.teacher, -1)
-        # The teacher is asked for [m, t] where an interval is halved, else for r = t; for r = m where it is narrow, too.
+        # The teacher is asked for [m, t] where an interval is halved, else for r = t; where it is narrow, for r = t and
+        # then for r = m.
         self.narrow = self.second[1] == self.second[2]
         self.halved = self.narrow | (self.first[1] != self.first[2] if self.first else False)
         self.guided = guided[0] if guided else None
@@ -137,6 +138,7 @@ def first_segment(request):
 @pytest.fixture(params=[(0.0, "squared"), (0.4, "huber")])
 def settings(first_segment, request):
     share, norm = request.param
+    norm = norm if first_segment == "marginal" else "squared"
     return replace(SETTINGS, first_segment=first_segment, halved_share=share, consistency_norm=norm)
 
 

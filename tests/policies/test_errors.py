@@ -92,6 +92,7 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"first_segment": "marginl"}, "first_segment must be one of"),
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
         ({"consistency_norm": "hubr"}, "consistency_norm must be one of"),
+        ({"first_segment": "conditional"}, "set halved_share to 0 and consistency_norm to squared"),
         ({"halved_share": 1.5}, r"halved_share must be in \[0, 1\]"),
         ({"schedule_steps": 0}, "schedule_steps must be at least 1"),
         ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),

@@ -50,7 +50,9 @@ def test_losses_and_gradients_equal_those_of_single_passes(seed):
         schedule_steps=100,
         num_noise_draws=draws,
         condition_dropout=0.3,
-        first_segment=draw.choice(["marginal", "conditional"]),
+        guidance_weight=draw.choice([0.0, 0.03]),
+        contraction_fraction=0.0,
+        halved_share=draw.choice([0.4, 1.0]),
         gradient_checkpointing=draw.random() < 0.5,
         **small.features(cameras),
     )

@@ -377,7 +377,8 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
     policy = checkpoint.policy
     batch = checkpoint.preprocessor(load_items(dataset, [0]))
     device = next(policy.parameters()).device
-    noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
+    shape = (policy.config.test_time_samples, policy.config.chunk_size, policy.config.max_action_dim)
+    noise = draw_noise(shape, seed, NOW, 0).to(device)
     before = (policy.config.num_inference_steps, policy.config.sampler)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):

@@ -42,8 +42,9 @@ def answer(
 ) -> Tensor:
     """Carries x (n, horizon, action_dim) float32 along grid (k + 1,), descending times, to the last of them.
 
-    n is a multiple of b; sample i reads observation i modulo b. images: as `prepare_images` takes them; tokens (b, text) long; token_mask (b, text) bool, read where `padded`.
-    instantaneous: velocities at t (r = t) instead of averages over the intervals.
+    n is a multiple of b; sample i reads observation i modulo b. images: as `prepare_images` takes them; tokens
+    (b, text) long; token_mask (b, text) bool, read where `padded`. instantaneous: velocities at t (r = t) instead of
+    averages over the intervals.
     """
     b, horizon = len(tokens), x.shape[1]
     samples = len(x) // b

@@ -33,6 +33,11 @@ class Settings:
             raise ValueError(f"consistency_norm must be one of huber, squared, got {self.consistency_norm!r}")
         if self.first_segment not in ("marginal", "conditional"):
             raise ValueError(f"first_segment must be one of marginal, conditional, got {self.first_segment!r}")
+        if self.first_segment == "conditional" and (self.consistency_norm != "squared" or self.halved_share == 1):
+            raise ValueError(
+                "first_segment = conditional is of intervals that are not halved, and its target is right only in the "
+                "mean: set halved_share to 0 and consistency_norm to squared"
+            )
 
 
 class Losses(NamedTuple):

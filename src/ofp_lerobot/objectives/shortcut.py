@@ -20,8 +20,8 @@ def shortcut(
     """‖u(x_t, t, t) − (ε − a)‖² + ‖u(x_t, t, t − d) − sg[(u₁ + u₂)/2]‖² per sample.
 
     u₁ and u₂ are the teacher's velocities over the first and the second half of [t − d, t], the second from where the
-    first leads. d is a power of two and t a multiple of d, as in the paper's code (down to 1/64, so 128 sections); the halves of its smallest step are
-    instantaneous velocities. Unlike there, every sample enters both terms.
+    first leads. d is a power of two and t a multiple of d, as in the paper's code (128 sections); the halves of its
+    smallest step, 1/64, are instantaneous velocities. Unlike there, every sample enters both terms.
     """
     n = len(actions)
     flow = draw_flow(actions, settings, generator)

@@ -68,6 +68,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--warm-start", type=at_least(0.0), help="of `ofp`, 0 is off (default: the checkpoint's)")
     parser.add_argument(
+        "--test-time-samples",
+        type=at_least(1),
+        help="of `ofp`: chunks drawn for an answer, which is the one in the densest place (default: the checkpoint's)",
+    )
+    parser.add_argument(
         "--execution-horizon",
         type=at_least(1),
         help="actions of a chunk that are answered, all of which the robot executes (default: its n_action_steps)",
@@ -126,6 +131,7 @@ def serve(args: argparse.Namespace) -> None:
         sampler=args.sampler,
         inference_engine=args.inference_engine,
         warm_start=args.warm_start,
+        test_time_samples=args.test_time_samples,
     )
     translator = Translator(
         layout,

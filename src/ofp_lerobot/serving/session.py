@@ -152,9 +152,9 @@ class Runner:
         """Chunks for n sessions, in their order. Observations as `ObservationReader.read` takes them.
 
         noise (n, chunk_size, max_action_dim) in place of the sessions' own; with `test_time_samples` over 1
-        (n, test_time_samples, chunk_size, max_action_dim). What fits is one batch; sessions that
-        have just been reset and images of another size run beside it. Raises ObservationError before anything runs,
-        ValueError where the policy's answer is not finite; either way the sessions keep their plans.
+        (n, test_time_samples, chunk_size, max_action_dim). What fits is one batch; sessions that have just been reset
+        and images of another size run beside it. Raises ObservationError before anything runs, ValueError where the
+        policy's answer is not finite; either way the sessions keep their plans.
         """
         if len(sessions) != len(observations) or len({id(s) for s in sessions}) != len(sessions):
             raise ValueError(f"one observation each for different sessions: {len(sessions)}, {len(observations)} given")
