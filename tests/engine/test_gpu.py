@@ -45,6 +45,17 @@ def test_graphs_answer_as_the_plain_path(dtype, device, monkeypatch):
     assert [sorted(graphs) for graphs in fast._engine._graphs.values()] == [[4, 8, 12]] * 3
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_samples_that_share_a_prefix_answer_as_the_plain_path(dtype):
+    plain, fast = pair(dtype, test_time_samples=4)
+    for seed in range(3):
+        batch, noise = batch_on("cuda", b=2, seed=seed), torch.randn(8, small.HORIZON, 8, device="cuda")
+        with torch.no_grad():
+            expected, actual = (policy._sample(policy._observe(batch), noise, 1.0) for policy in (plain, fast))
+        assert_same(actual, expected, TOLERANCE[dtype])
+        assert fast.predict_action_chunk(batch, noise=noise).shape == (2, small.HORIZON, small.ACTIONS)
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_the_callers_autocast_has_no_say(first):
     plain, fast = pair()
