@@ -283,7 +283,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warm-start", type=float, help="of an `ofp` checkpoint: share of the old plan, .15 is the paper's"
     )
-    parser.add_argument("--test-time-samples", type=int, help="of an `ofp` checkpoint: chunks drawn, one is answered")
+    parser.add_argument(
+        "--test-time-samples", type=at_least(1), help="of an `ofp` checkpoint: chunks drawn, one is answered"
+    )
     parser.add_argument(
         "--execution-horizon", type=at_least(1), help="actions executed of a chunk (default: n_action_steps)"
     )

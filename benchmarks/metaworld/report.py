@@ -52,7 +52,8 @@ def rows_of(results: Sequence[Row]) -> list[Row]:
 
 
 def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and noise.
+    """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and, for as many
+    samples, noise.
 
     A bootstrap over seeds and tasks, whose episodes share a training, and within each over its episodes.
     """
@@ -124,7 +125,7 @@ def bars(rows: Sequence[Row]) -> list[Row]:
             continue
         best = max(flow, key=lambda row: row["success"])
         mean, low, high = paired_difference(one, best)
-        what = f"one step ({name}) - best flow matching ({best['steps']} steps), lower end"
+        what = f"one step ({name}) - best flow matching ({best['steps']} steps, single answers), lower end"
         check(what, low, -0.05, mean=mean, high=high)
     one, two = ours(clean, 1), ours(clean, 2)
     for name, group in (("one step", clean), ("one step, the densest of several", several)):

@@ -36,14 +36,15 @@ def test_it_stays_in_a_mode_where_the_medoid_is_between_them():
 
 def test_samples_that_are_alike_are_told_apart():
     """Distances of 1e-4 beside coordinates of 10."""
-    at = torch.tensor([0.0, 1.0, 3.0, 3.4, 9.0, 20.0, 30.0, 40.0])
-    samples = (10 + 1e-4 * at).view(8, 1, 1, 1).expand(8, 1, 4, 8)
-    assert densest(samples)[0, 0, 0] == samples[2, 0, 0, 0]
+    at = torch.cumsum(torch.cat([torch.tensor([0.0]), torch.linspace(40, 1, 31)]), dim=0)  # ever closer
+    samples = (10 + 1e-4 * at).view(32, 1, 1, 1).expand(32, 1, 4, 8)
+    np.testing.assert_array_equal(densest(samples).numpy(), by_hand(samples.double().numpy()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_does_not_go_unnoticed(bad):
-    samples = torch.randn(8, 2, 4, 3)
-    samples[5, 1, 0, 0] = bad
+@pytest.mark.parametrize(("k", "which"), [(1, [0]), (2, [1]), (5, [1, 3, 4]), (8, [5]), (8, [0, 1, 2, 4, 5, 6, 7])])
+def test_what_is_not_finite_does_not_go_unnoticed(bad, k, which):
+    samples = torch.randn(k, 2, 4, 3, generator=torch.Generator().manual_seed(0))
+    samples[which, 1, 0, 0] = bad
     answer = densest(samples)
     assert torch.isfinite(answer[0]).all() and not torch.isfinite(answer[1]).all()

@@ -91,9 +91,8 @@ def test_every_objective_keeps_its_promises(name):
             t, r, keep = (value.view(-1, 1, 1) for value in (t, r, torch.ones_like(t) if keep is None else keep))
             return weight * field(x, t, r, keep) + weight * junk * ~mask[row]
 
-        losses = OBJECTIVES[name].function(
-            velocity, velocity, actions, mask, Settings(guidance_weight=0.01), progress, generator(seed)
-        )
+        settings = Settings(guidance_weight=0.01, condition_dropout=0.1)
+        losses = OBJECTIVES[name].function(velocity, velocity, actions, mask, settings, progress, generator(seed))
         assert losses.loss.shape == (N,) and losses.loss.dtype == torch.float32
         losses.loss.mean().backward()
         return losses, weight.grad

@@ -247,7 +247,7 @@ def test_padded_dimensions_stay_on_the_straight_path(recorder, settings):
     np.testing.assert_allclose(case.second[0][:, :, REAL_DIMS:], (m * noise)[:, :, REAL_DIMS:], atol=1e-12)
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
 def test_condition_dropout_touches_the_flow_term_only(recorder, settings, probability):
     case = Case(recorder, replace(settings, condition_dropout=probability), n=4000)
     dropped = 1 - case.flow[3].mean()
@@ -391,7 +391,7 @@ def test_guidance_gradient_on_a_pair_of_gaussians(recorder):
     n, weight = 2000, 0.02
     actions = 0.8 + 0.3 * torch.randn(n, 2, 1, generator=generator(1))
     student, teacher = recorder(exact), recorder(exact)
-    settings = Settings(guidance_weight=weight)
+    settings = Settings(guidance_weight=weight, condition_dropout=0.1)
     losses = ofp(student, teacher, actions, torch.ones(n, 2, 1, dtype=torch.bool), settings, AFTER, generator())
     losses.loss.sum().backward()
     x, t, _, _ = (value[2 * n :].view(n, -1, 1) for value in student.inputs[0])

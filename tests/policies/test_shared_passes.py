@@ -11,6 +11,7 @@ from ofp_lerobot.policies.ofp.network import Prefix
 from tests import small
 
 TOLERANCE = 1e-5
+PAPERS = {"halved_share": 0.0, "first_segment": "conditional", "consistency_norm": "squared"}
 
 
 def lone_velocity(network, images, tokens, mask, weights=None):
@@ -52,7 +53,7 @@ def test_losses_and_gradients_equal_those_of_single_passes(seed):
         condition_dropout=0.3,
         guidance_weight=draw.choice([0.0, 0.03]),
         contraction_fraction=0.0,
-        halved_share=draw.choice([0.4, 1.0]),
+        **draw.choice([{}, {"halved_share": 0.4}, PAPERS]),
         gradient_checkpointing=draw.random() < 0.5,
         **small.features(cameras),
     )

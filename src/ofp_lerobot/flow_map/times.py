@@ -13,7 +13,7 @@ MIN_GAP = 0.005  # shortest interval [r, t] of the self-consistency term
 FULL_INTERVAL = 0.5  # share of the intervals that end at the action (r = 0) ...
 FROM_NOISE = 0.5  # ... and, of those, the share that starts at pure noise (t = 1)
 ON_GRID = 0.5  # share of the halved intervals that lie on shortcut's grid, whose halves are on it too
-LEVELS = 7  # lengths on the grid: 1, ½, … 1/64; halves shorter than those are instantaneous
+LEVELS = 7  # lengths on the grid: 1, ½, … 1/64; the halves of the grid's shortest are instantaneous
 
 
 def uniform(n: int, generator: Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -29,8 +29,8 @@ def power_times(n: int, generator: Generator, *, alpha: float, scale: float, off
 class Segments(NamedTuple):
     """An interval [r, t] cut at m: κ = (t − m)/(t − r) is the share of the first segment. Each (n,).
 
-    halved: cut in the middle, so that average velocities over both halves make the target; narrow: halved, but so
-    narrow that the instantaneous velocities at t and m do, which is what ties average velocities to the flow.
+    halved: cut in the middle, so that average velocities over both halves make the target; narrow: the shortest of the
+    grid, for which the instantaneous velocities at t and m do, what ties average velocities to the flow.
     """
 
     t: Tensor

@@ -33,10 +33,18 @@ class Settings:
             raise ValueError(f"consistency_norm must be one of huber, squared, got {self.consistency_norm!r}")
         if self.first_segment not in ("marginal", "conditional"):
             raise ValueError(f"first_segment must be one of marginal, conditional, got {self.first_segment!r}")
+
+    def require_consistent(self) -> None:
+        """Raises ValueError on settings that cannot be trained with together; acting needs none of them."""
         if self.first_segment == "conditional" and (self.consistency_norm != "squared" or self.halved_share == 1):
             raise ValueError(
-                "first_segment = conditional is of intervals that are not halved, and its target is right only in the "
-                "mean: set halved_share to 0 and consistency_norm to squared"
+                "first_segment=conditional is of intervals that are not halved, and its target is right only in the "
+                "mean: set halved_share=0 and consistency_norm=squared"
+            )
+        if self.guidance_weight > 0 and self.condition_dropout == 0:
+            raise ValueError(
+                "guidance_weight > 0 needs the velocity without condition, which condition_dropout=0 never trains: "
+                "set condition_dropout=0.1 or guidance_weight=0"
             )
 
 

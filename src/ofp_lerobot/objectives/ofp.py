@@ -37,7 +37,9 @@ def ofp(
     (`flow_map.times.Segments`), v and the second half's velocity are the instantaneous ones.
     L_sg = ‖y − sg[y + g]‖², y = u(x_t, t, 0), g = u⁻(x̃, t′, t′) − u⁻(x̃, t′, t′ ∣ ∅), where x̃ is the one-step
     answer â = x_t − t·y renoised to t′; from the end of the contraction on.
+    Raises ValueError on settings that contradict each other.
     """
+    settings.require_consistent()
     n = len(actions)
     rho = contraction(
         progress,

@@ -65,11 +65,6 @@ class FlowMapConfig(PreTrainedConfig):
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
         _ = self.settings  # checks itself
-        if self.guidance_weight > 0 and self.condition_dropout == 0 and self.objective == "ofp":
-            raise ValueError(
-                "guidance_weight > 0 needs the velocity without condition, which condition_dropout = 0 never trains: "
-                "set --policy.condition_dropout=0.1 or --policy.guidance_weight=0"
-            )
 
     @property
     def settings(self) -> Settings:

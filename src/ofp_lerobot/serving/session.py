@@ -130,6 +130,7 @@ class Runner:
             "sampler": self.served.sampler,
             "inference_engine": self.served.inference_engine,
             "warm_start": self.served.warm_start,
+            "test_time_samples": self.served.test_time_samples,
             "dtype": config.dtype,
             "device": str(config.device),
             "versions": {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")},
@@ -163,7 +164,7 @@ class Runner:
             samples = self._read(observations)
             if noise is None:
                 noise = torch.stack([self._noise(session) for session in sessions])
-            noise = noise.view(len(sessions), self.served.test_time_samples, *noise.shape[-2:])
+            noise = self._shaped(noise, len(sessions))
             groups: dict[Any, list[int]] = {}
             for i, (session, sample) in enumerate(zip(sessions, samples, strict=True)):
                 groups.setdefault((sample.shapes, session._rest is None), []).append(i)
@@ -189,6 +190,16 @@ class Runner:
             except ObservationError as error:
                 raise ObservationError(f"number {i}: {error}" if len(observations) > 1 else str(error)) from None
         return samples
+
+    def _shaped(self, noise: Tensor, n: int) -> Tensor:
+        """(n, test_time_samples, chunk_size, max_action_dim)"""
+        config, k = self.served.config, self.served.test_time_samples
+        if k == 1 and noise.dim() == 3:
+            noise = noise[:, None]
+        shape = (n, k, config.chunk_size, config.max_action_dim)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must be {shape}, got {tuple(noise.shape)}")
+        return noise
 
     def _noise(self, session: Session) -> Tensor:
         config = self.served.config

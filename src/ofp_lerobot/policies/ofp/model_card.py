@@ -14,7 +14,7 @@ _SECTION = """
 | | |
 | --- | --- |
 | Objective | `{objective}` |
-| Evaluations per chunk | {steps} (`num_inference_steps`, sampler `{sampler}`) |
+| Evaluations per chunk | {steps} (`num_inference_steps`, sampler `{sampler}`){samples} |
 | Chunk, executed | {chunk}, {executed} |
 | Base model | {base} |
 | lerobot | {lerobot} |
@@ -43,6 +43,7 @@ def describe(card: ModelCard, config: OFPConfig) -> ModelCard:
         card.data["base_model"] = config.base_model
     section = _SECTION.format(
         steps=config.num_inference_steps,
+        samples=f", of the densest of {config.test_time_samples} samples" if config.test_time_samples > 1 else "",
         method=_METHOD.get(config.objective, f"Trained with the objective `{config.objective}`."),
         warm=f" Chunks start from {config.warm_start:.0%} of the previous plan." if config.warm_start else "",
         objective=config.objective,
