@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ofp_lerobot.errors import UserError
 from robotwin_eval import compare, workers
 from robotwin_eval.jobs import PolicySpec, Start
 from robotwin_eval.lerobot_envs import LeRobotHarness
@@ -355,3 +356,13 @@ def test_jump():
 def test_a_wrong_policy_is_named(policy, message, tmp_path, capsys):
     assert compare.main([f"--policy={policy}", "--env=metaworld", "--tasks=t", f"--output={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_samples_are_a_setting_that_older_directories_do_not_know():
+    spec = PolicySpec.parse_flag("name=best,path=somewhere,steps=1,samples=8")
+    assert spec.samples == 8
+    with pytest.raises(UserError, match="samples is 2.5, expected is int"):
+        PolicySpec.parse_flag("name=best,path=somewhere,samples=2.5")
+    older = {"name": "one", "path": "here", "steps": 1, "checkpoint": None}
+    now = {**older, "samples": None}
+    assert compare._is_same(older, now) and not compare._is_same(older, {**now, "samples": 8})
