@@ -64,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"a chunk, {row['action_pass_ms']:7.2f} ms the action passes"
         )
     print(f"LeRobot's diffusion, 100 steps: {report['diffusion_chunk_ms']:.2f} ms a chunk")
+    for each in report["differences"]:
+        print(
+            f"one step of ofp (of {each['ours']}) - {each['objective']} {each['steps']} {each['sampler']} "
+            f"(of {each['samples']}, warm start {each['warm_start']:g}): "
+            f"{100 * each['mean']:+.1f} points [{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
+        )
     for check in report["bars"]:
         held = "PASS" if check["holds"] else "MISS"
         print(f"{held}  {check['what']}: {check['value']:+.3f} (limit {check['limit']:+.2f})")

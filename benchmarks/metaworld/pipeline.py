@@ -219,6 +219,7 @@ class Benchmark:
         return {
             "rows": rows,
             "bars": reports.bars(rows),
+            "differences": reports.differences(rows),
             "latency": [
                 {**sampling._asdict(), **found}
                 for sampling, found in zip(latency.arguments[1], timed["rows"], strict=True)

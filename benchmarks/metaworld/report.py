@@ -103,6 +103,24 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def differences(rows: Sequence[Row]) -> list[Row]:
+    """One step of OFP on clean demonstrations, single answers and the densest of several, minus everything else's rows.
+
+    mean, low and high are of `paired_difference`.
+    """
+    clean = [row for row in rows if row["condition"] == "clean"]
+    ours = [row for row in clean if row["objective"] == "ofp" and row["steps"] == 1 and not row["warm_start"]]
+    found = []
+    for one in ours:
+        for other in clean:
+            if other["objective"] == "ofp" or other["start"] != one["start"]:
+                continue
+            mean, low, high = paired_difference(one, other)
+            known = {key: other[key] for key in KEYS[1:]}
+            found.append({"ours": one["samples"], **known, "mean": mean, "low": low, "high": high})
+    return found
+
+
 def bars(rows: Sequence[Row]) -> list[Row]:
     """What must hold, on clean demonstrations: name, value, limit, whether it does; only what was run."""
     rows = [row for row in rows if row["condition"] == "clean"]

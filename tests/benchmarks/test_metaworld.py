@@ -151,6 +151,12 @@ def test_bars_compare_the_same_episodes():
     several = checks["one step (the densest of several) - best flow matching (10 steps"]
     assert several["mean"] == pytest.approx(1 / 3)
     assert checks["two steps - one step"]["holds"]
+    told = {
+        (each["ours"], each["objective"], each["steps"], each["samples"]): each for each in report.differences(rows)
+    }
+    assert told[1, "flow_matching", 10, 1]["mean"] == pytest.approx(1 / 12)
+    assert told[8, "shortcut", 1, 8]["mean"] == 0.25 and told[8, "shortcut", 1, 1]["mean"] == 0
+    assert len(told) == 2 * 5
     alike = {check["what"]: check["value"] for check in report.bars(rows)}
     assert alike["one step, the densest of several - best rival's (shortcut)"] == 0.25
 
