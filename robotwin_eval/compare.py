@@ -185,7 +185,7 @@ def _settle(path: Path, policies: list[PolicySpec], harness: HarnessSpec) -> dic
 
 def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether these are one policy: the path may be spelled otherwise where the files are known to be the same."""
-    before = {"samples": None, **before}  # what older directories do not know
+    before = {**asdict(PolicySpec("", "")), **before}  # settings that an older directory does not know: the default
     if before["checkpoint"] is not None:
         before = {**before, "path": now["path"]}
     return before == now

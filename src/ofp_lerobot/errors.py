@@ -6,3 +6,9 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError where a setting is none of its values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

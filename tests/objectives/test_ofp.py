@@ -247,12 +247,14 @@ def test_padded_dimensions_stay_on_the_straight_path(recorder, settings):
     np.testing.assert_allclose(case.second[0][:, :, REAL_DIMS:], (m * noise)[:, :, REAL_DIMS:], atol=1e-12)
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_condition_dropout_touches_the_flow_term_only(recorder, settings, probability):
-    case = Case(recorder, replace(settings, condition_dropout=probability), n=4000)
+    weight = settings.guidance_weight if probability else 0.0  # guidance needs the dropout
+    case = Case(recorder, replace(settings, condition_dropout=probability, guidance_weight=weight), n=4000)
     dropped = 1 - case.flow[3].mean()
     assert dropped == pytest.approx(probability, abs=4 * np.sqrt(probability * (1 - probability) / 4000))
-    others = [case.consistency, case.guided, case.second, case.renoised[0]]
+    others = [case.consistency, case.second]
+    others += [case.guided, case.renoised[0]] if probability else []
     others += [case.first] if case.first else []
     assert all(block[3].all() for block in others)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -363,6 +364,6 @@ def test_samples_are_a_setting_that_older_directories_do_not_know():
     assert spec.samples == 8
     with pytest.raises(UserError, match="samples is 2.5, expected is int"):
         PolicySpec.parse_flag("name=best,path=somewhere,samples=2.5")
-    older = {"name": "one", "path": "here", "steps": 1, "checkpoint": None}
-    now = {**older, "samples": None}
+    now = {**asdict(PolicySpec("one", "here", steps=1)), "checkpoint": None}
+    older = {key: value for key, value in now.items() if key != "samples"}
     assert compare._is_same(older, now) and not compare._is_same(older, {**now, "samples": 8})

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from ..errors import choice
 from ..flow_map.path import Velocity, interpolate
 from ..flow_map.times import power_times
 
@@ -29,10 +30,8 @@ class Settings:
     flow_time_offset: float = 0.001
 
     def __post_init__(self) -> None:
-        if self.consistency_norm not in ("huber", "squared"):
-            raise ValueError(f"consistency_norm must be one of huber, squared, got {self.consistency_norm!r}")
-        if self.first_segment not in ("marginal", "conditional"):
-            raise ValueError(f"first_segment must be one of marginal, conditional, got {self.first_segment!r}")
+        choice("consistency_norm", self.consistency_norm, ("huber", "squared"))
+        choice("first_segment", self.first_segment, ("marginal", "conditional"))
 
     def require_consistent(self) -> None:
         """Raises ValueError on settings that cannot be trained with together; acting needs none of them."""

@@ -8,6 +8,7 @@ from weakref import WeakMethod
 
 from lerobot.configs import PreTrainedConfig
 
+from ..errors import choice
 from ..objectives import OBJECTIVES, Settings
 
 _save_hooks: dict[int, WeakMethod[Any]] = {}
@@ -103,11 +104,6 @@ class FlowMapConfig(PreTrainedConfig):
         hook = reference() if reference is not None else None
         if hook is not None and hook.__self__.config is self:
             hook(Path(save_directory))
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def within(name: str, value: float, low: float, high: float = float("inf")) -> None:
