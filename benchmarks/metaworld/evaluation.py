@@ -10,12 +10,13 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from recipes.quickstart.evaluation import energy_distance, spread
 from recipes.quickstart.simulator import Simulator
 
+from . import diffusion
 from .demonstrations import STATE, Array, Recording, View, demonstrate
+from .training import Training
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,27 @@ class Sampling(NamedTuple):
 
 
 class Actor:
-    """A checkpoint of `training.train` with its processors and view."""
+    """A trained `ofp_unet` with its processors and view.
+
+    executed: how many actions of a chunk are executed.
+    """
 
     def __init__(self, directory: Path) -> None:
         import torch
         from lerobot.policies.factory import make_pre_post_processors
 
-        from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
-
         torch.set_num_threads(1)
         checkpoint = directory / "checkpoint"
         view = json.loads((directory / "view.json").read_text())
         self.view = View(tuple(view["dimensions"]), tuple(view["tasks"]))
-        self.policy = OFPUnetPolicy.from_pretrained(checkpoint)
+        self.policy = self._load(checkpoint)
+        self.executed = self.policy.config.n_action_steps
         self._prepare, self._finish = make_pre_post_processors(self.policy.config, pretrained_path=str(checkpoint))
+
+    def _load(self, checkpoint: Path) -> Any:
+        from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
+
+        return OFPUnetPolicy.from_pretrained(checkpoint)
 
     def use(self, sampling: Sampling) -> None:
         config = self.policy.config
@@ -76,7 +84,47 @@ class Actor:
     def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
         """Chunks (n, horizon, 4), and the unexecuted part, normalised, which is `rest` next time."""
         chunk = self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise, prev_chunk_left_over=rest)
-        return self._finish(chunk).numpy(), chunk[:, self.policy.config.n_action_steps :]
+        return self._finish(chunk).numpy(), chunk[:, self.executed :]
+
+
+class DiffusionActor(Actor):
+    """LeRobot's `diffusion`, which has neither a warm start nor a choice among samples."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.policy.config.n_action_steps = self.policy.config.horizon  # so it answers whole chunks
+
+    def _load(self, checkpoint: Path) -> Any:
+        from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+        return DiffusionPolicy.from_pretrained(checkpoint).eval()
+
+    def use(self, sampling: Sampling) -> None:
+        import torch
+
+        diffusion.use_sampler(self.policy, sampling.sampler, sampling.steps)
+        torch.manual_seed(0)  # DDPM draws more noise on the way than the caller can give it
+
+    def prepare(self, raw: Array, task: str) -> dict[str, Any]:
+        import torch
+
+        states = diffusion.observation(self.view(raw, task))
+        return self._prepare({key: torch.from_numpy(value) for key, value in states.items()})
+
+    def noise(self, rngs: Sequence[np.random.Generator]) -> Any:
+        import torch
+
+        shape = (self.policy.config.horizon, self.policy.config.action_feature.shape[0])
+        return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
+
+    def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
+        return self._finish(self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise)).numpy(), None
+
+
+def actor_of(directory: Path) -> Actor:
+    """What a trained checkpoint's type calls for."""
+    kind = json.loads((directory / "checkpoint" / "config.json").read_text())["type"]
+    return DiffusionActor(directory) if kind == diffusion.NAME else Actor(directory)
 
 
 @cache
@@ -92,7 +140,7 @@ def roll_out(
     rngs = [np.random.default_rng(seed) for seed in seeds]
     raw = np.stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)]).astype(np.float32)
     solved, jumps, taken = [False] * len(seeds), [], 0
-    executed, rest, planned = actor.policy.config.n_action_steps, None, None
+    executed, rest, planned = actor.executed, None, None
     while not all(solved) and taken < max_steps:
         answers, rest = actor.act(raw, task, actor.noise(rngs), rest)
         if planned is not None:
@@ -139,8 +187,8 @@ def measure(
     evaluation: Evaluation,
     experts: Path,
 ) -> list[dict[str, Any]]:
-    """One result for each sampling of a checkpoint."""
-    actor, reference = Actor(directory), np.load(experts)
+    """One result for each way that a checkpoint answers."""
+    actor, reference = actor_of(directory), np.load(experts)
     seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
     (simulator,) = simulators(task, recording.action_repeat, 1)
     observed = range(evaluation.seed, evaluation.seed + evaluation.observations)
@@ -171,37 +219,16 @@ def measure(
     return results
 
 
-def diffusion_policy(actor: Actor) -> tuple[Any, dict[str, Any]]:
-    """LeRobot's `diffusion` of the same U-Net with random weights, 100 DDPM steps, and an observation for it."""
-    import torch
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
-    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-
-    ours = actor.policy.config
-    inputs = {OBS_STATE: (1,), OBS_ENV_STATE: (actor.view.size,)}
-    types = {OBS_STATE: FeatureType.STATE, OBS_ENV_STATE: FeatureType.ENV}  # it insists on both
-    config = DiffusionConfig(
-        input_features={key: PolicyFeature(types[key], shape) for key, shape in inputs.items()},
-        output_features=ours.output_features,
-        device="cpu",
-        n_obs_steps=1,
-        horizon=ours.horizon,
-        n_action_steps=ours.n_action_steps,
-        down_dims=ours.down_dims,
-        kernel_size=ours.kernel_size,
-        diffusion_step_embed_dim=ours.diffusion_step_embed_dim,
-        num_train_timesteps=100,
-    )
-    return DiffusionPolicy(config).eval(), {key: torch.zeros(1, 1, *shape) for key, shape in inputs.items()}
-
-
-def measure_latency(directory: Path, samplings: Sequence[Sampling], evaluation: Evaluation) -> dict[str, Any]:
+def measure_latency(
+    directory: Path, samplings: Sequence[Sampling], training: Training, evaluation: Evaluation
+) -> list[dict[str, float | None]]:
     """Median milliseconds of a chunk for one observation, and of its action passes alone; first calls warm up.
 
-    The samplings, and LeRobot's 100-step `diffusion` of the same network, take turns, so that all meet the same load.
+    The samplings take turns, so that all meet the same load. DDIM and DDPM are LeRobot's `diffusion` of the same
+    network with random weights, whose passes are not told apart.
     """
     import torch
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
     from ofp_lerobot.flow_map.path import sample_chunk
 
@@ -211,13 +238,19 @@ def measure_latency(directory: Path, samplings: Sequence[Sampling], evaluation: 
     batch = actor.prepare(raw, view.tasks[0])
     with torch.no_grad():
         prefix = policy.model.encode(*policy._prepare_observation(batch))
+    peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).eval()
+    observed = {key: torch.from_numpy(x) for key, x in diffusion.observation(view(raw, view.tasks[0])).items()}
     whole: list[list[float]] = [[] for _ in samplings]
     passes: list[list[float]] = [[] for _ in samplings]
-    diffusion, observation = diffusion_policy(actor)
-    hundred: list[float] = []
     for call in range(evaluation.latency_calls):
         for i, sampling in enumerate(samplings):
             if sampling.steps >= 50 and call % 6:
+                continue
+            if sampling.sampler in diffusion.SAMPLERS:
+                diffusion.use_sampler(peer, sampling.sampler, sampling.steps)
+                begun = perf_counter()
+                peer.predict_action_chunk(observed)
+                whole[i].append(1e3 * (perf_counter() - begun))
                 continue
             actor.use(sampling)
             noise = actor.noise([np.random.default_rng(0)])
@@ -228,9 +261,7 @@ def measure_latency(directory: Path, samplings: Sequence[Sampling], evaluation: 
                 sample_chunk(partial(policy.model, prefix), noise, steps=sampling.steps, sampler=sampling.sampler)
             whole[i].append(1e3 * (between - begun))
             passes[i].append(1e3 * (perf_counter() - between))
-        if call % 6 == 0:
-            begun = perf_counter()
-            diffusion.predict_action_chunk(observation)
-            hundred.append(1e3 * (perf_counter() - begun))
-    rows = [{"chunk_ms": median(a[1:]), "action_pass_ms": median(b[1:])} for a, b in zip(whole, passes, strict=True)]
-    return {"rows": rows, "diffusion_chunk_ms": median(hundred[1:])}
+    return [
+        {"chunk_ms": median(a[1:]), "action_pass_ms": median(b[1:]) if b else None}
+        for a, b in zip(whole, passes, strict=True)
+    ]

@@ -15,6 +15,7 @@ from benchmarks.provenance import provenance
 from ofp_lerobot.objectives import OBJECTIVES, Settings
 from recipes.quickstart.stages import is_done, seconds_taken, stage
 
+from . import diffusion
 from . import evaluation as ev
 from . import report as reports
 from .demonstrations import CONDITIONS, SUBSET, Recording, record
@@ -31,7 +32,7 @@ class Budget:
 
     tasks: tuple[str, ...] = SUBSET
     conditions: tuple[str, ...] = CONDITIONS
-    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    objectives: tuple[str, ...] = (*OBJECTIVES, diffusion.NAME)
     starts: tuple[str, ...] = (BASE,)
     steps: tuple[int, ...] = (1, 2, 10)  # evaluations per chunk
     seeds: int = 3
@@ -71,7 +72,10 @@ BUDGETS = {
 
 
 class Run(NamedTuple):
-    """A policy: `objective` from `start`, "scratch" or the base that flow matching trained; None is that base."""
+    """A policy: `objective` from `start`, "scratch" or the base that flow matching trained; None is that base.
+
+    LeRobot's `diffusion` is an objective here, always from scratch.
+    """
 
     condition: str
     seed: int
@@ -128,8 +132,10 @@ class Benchmark:
 
     def _policies(self) -> list[Run]:
         budget = self.budget
-        keys = product(budget.conditions, range(budget.seeds), budget.objectives, budget.starts)
-        return [Run(*key) for key in keys]
+        pairs = [pair for pair in product(budget.objectives, budget.starts) if pair[0] != diffusion.NAME]
+        if diffusion.NAME in budget.objectives:
+            pairs.append((diffusion.NAME, "scratch"))
+        return [Run(*key, *pair) for *key, pair in product(budget.conditions, range(budget.seeds), pairs)]
 
     def _base(self, run: Run) -> Run:
         return Run(run.condition, run.seed)
@@ -165,9 +171,11 @@ class Benchmark:
             start, steps, seed = self._trained(self._base(run)) / "checkpoint", plan.steps, 2 * run.seed + 1
         else:
             start, steps, seed = None, plan.base_steps + plan.steps, 2 * run.seed
-        directory, objective = self._trained(run), run.objective or BASE
-        arguments = (self._datasets(run.condition), plan, objective, steps, seed, start, directory)
-        return Job(directory, [budget.recording, budget.tasks, plan, Settings(), run], train, arguments)
+        directory, objective, datasets = self._trained(run), run.objective or BASE, self._datasets(run.condition)
+        settings = [budget.recording, budget.tasks, plan, Settings(), run]
+        if objective == diffusion.NAME:
+            return Job(directory, settings, diffusion.train, (datasets, plan, steps, seed, directory))
+        return Job(directory, settings, train, (datasets, plan, objective, steps, seed, start, directory))
 
     def _experts(self, condition: str, task: str) -> Job:
         budget, directory = self.budget, self.output / "experts" / f"{condition}_{task}"
@@ -177,6 +185,8 @@ class Benchmark:
 
     def samplings(self, objective: str) -> list[Sampling]:
         """One, two, … evaluations with the sampler that the objective trains; one also warm, and with more samples."""
+        if objective == diffusion.NAME:
+            return [*(Sampling("ddim", steps) for steps in self.budget.steps), Sampling("ddpm", 100)]
         own = "flow_map" if OBJECTIVES[objective].uses_target_time else "euler"
         variants = [Sampling(own, 1, WARM_START), Sampling(own, 1, samples=SAMPLES)]
         if objective == "drifting":
@@ -198,8 +208,9 @@ class Benchmark:
         steps = sorted({*LATENCY_STEPS, *budget.steps})
         samplings = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
         samplings += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
+        samplings += self.samplings(diffusion.NAME)
         settings = [self._training(run).settings, samplings, budget.evaluation]
-        arguments = (self._trained(run), samplings, budget.evaluation)
+        arguments = (self._trained(run), samplings, budget.training, budget.evaluation)
         return Job(self.output / "latency", settings, ev.measure_latency, arguments)
 
     def _report(self) -> dict[str, Any]:
@@ -213,7 +224,6 @@ class Benchmark:
             for sampling, each in zip(self.samplings(run.objective), found, strict=True):
                 results.append({**run._asdict(), "task": task, **sampling._asdict(), **each})
         latency = self._latency()
-        timed = result(latency)
         rows = reports.rows_of(results)
         bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)
         return {
@@ -222,9 +232,8 @@ class Benchmark:
             "differences": reports.differences(rows),
             "latency": [
                 {**sampling._asdict(), **found}
-                for sampling, found in zip(latency.arguments[1], timed["rows"], strict=True)
+                for sampling, found in zip(latency.arguments[1], result(latency), strict=True)
             ],
-            "diffusion_chunk_ms": timed["diffusion_chunk_ms"],
             "training": {run.name: result(self._training(run)) for run in (*bases, *policies)},
             "demonstrations": {
                 f"{condition}/{task}": result(self._recording(condition, task))

@@ -113,7 +113,7 @@ def differences(rows: Sequence[Row]) -> list[Row]:
     found = []
     for one in ours:
         for other in clean:
-            if other["objective"] == "ofp" or other["start"] != one["start"]:
+            if other["objective"] == "ofp" or (other["start"] != one["start"] and other["objective"] != "diffusion"):
                 continue
             mean, low, high = paired_difference(one, other)
             known = {key: other[key] for key in KEYS[1:]}

@@ -1,4 +1,4 @@
-"""Training an `ofp_unet` policy on the demonstrations of all tasks, through the policy's own interface."""
+"""Training a policy on the demonstrations of all tasks, through its own interface."""
 
 import json
 from collections.abc import Sequence
@@ -75,6 +75,76 @@ def policy_config(training: Training, view: View, objective: str, steps: int) ->
     )
 
 
+def observed(datasets: Sequence[tuple[str, Path]], horizon: int) -> tuple[View, dict[str, Array]]:
+    """The demonstrations as a policy sees them: their view and `chunks`."""
+    episodes = read(datasets)
+    view = view_of([task for task, _ in datasets], episodes)
+    return view, chunks(episodes, view, horizon)
+
+
+def fit(
+    policy: Any,
+    network: Any,
+    view: View,
+    data: dict[str, Array],
+    stats: dict[str, dict[str, Any]],
+    training: Training,
+    steps: int,
+    seed: int,
+    directory: Path,
+) -> dict[str, Any]:
+    """Trains `policy` on `data` and saves it with its processors and view; counts of samples through `network`.
+
+    data: tensors of a batch by name, all frames of them; stats: of its observations and actions, as LeRobot has them.
+    """
+    import torch
+    from lerobot.policies.factory import make_pre_post_processors
+
+    config = policy.config
+    tensors: Any = {key: {k: torch.as_tensor(v) for k, v in value.items()} for key, value in stats.items()}
+    prepare, finish = make_pre_post_processors(config, dataset_stats=tensors)
+    whole = prepare({key: torch.from_numpy(value) for key, value in data.items()})
+    whole = {key: whole[key] for key in data}
+
+    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
+    scheduler = config.get_scheduler_preset().build(optimizer, steps)
+    counts = {"with_gradient": 0, "without_gradient": 0}
+
+    def count(_module: Any, _inputs: Any, output: Any) -> None:
+        counts["with_gradient" if torch.is_grad_enabled() else "without_gradient"] += len(output)
+
+    hook = network.register_forward_hook(count)
+    rng = np.random.default_rng(seed)
+    begun, loss = perf_counter(), torch.zeros(())
+    policy.train()
+    for _ in (bar := tqdm(range(steps), desc=f"{directory.name}", mininterval=10, leave=False)):
+        chosen = torch.from_numpy(rng.integers(len(data[ACTION]), size=training.batch_size))
+        loss, _ = policy({key: value[chosen] for key, value in whole.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if hasattr(policy, "update"):  # as `lerobot-train` calls it
+            policy.update()
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+    seconds = perf_counter() - begun
+    hook.remove()
+    checkpoint = directory / "checkpoint"
+    policy.save_pretrained(checkpoint)
+    prepare.save_pretrained(checkpoint)
+    finish.save_pretrained(checkpoint)
+    (directory / "view.json").write_text(json.dumps(asdict(view)))
+    return {
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "frames": len(data[ACTION]),
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "samples_per_step": {name: count / steps for name, count in counts.items()},
+        "loss": float(loss.detach()),
+    }
+
+
 def train(
     datasets: Sequence[tuple[str, Path]],
     training: Training,
@@ -84,62 +154,17 @@ def train(
     start: Path | None,
     directory: Path,
 ) -> dict[str, Any]:
-    """Trains and saves a checkpoint with its processors and view; counts of samples through the network.
+    """Trains an `ofp_unet` and saves it as `fit` does.
 
-    start: a checkpoint of the same network, None for random weights; else a policy that goes on training.
+    start: a checkpoint of the same network, None for random weights.
     """
     import torch
-    from lerobot.policies.factory import make_pre_post_processors
 
     from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    episodes = read(datasets)
-    view = view_of([task for task, _ in datasets], episodes)
-    data = chunks(episodes, view, training.horizon)
+    view, data = observed(datasets, training.horizon)
     config = policy_config(training, view, objective, steps)
     policy = OFPUnetPolicy(config) if start is None else OFPUnetPolicy.from_pretrained(start, config=config)
-    stats: Any = {key: {k: torch.as_tensor(v) for k, v in value.items()} for key, value in statistics(data).items()}
-    prepare, finish = make_pre_post_processors(config, dataset_stats=stats)
-    whole = prepare({key: torch.from_numpy(value) for key, value in data.items()})
-    whole = {key: whole[key] for key in data}
-
-    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
-    scheduler = config.get_scheduler_preset().build(optimizer, steps)
-    counts = {"with_gradient": 0, "without_gradient": 0}
-    network = policy.model.forward
-
-    def counted(prefix: Any, x_t: Any, *args: Any, **kwargs: Any) -> Any:
-        counts["with_gradient" if torch.is_grad_enabled() else "without_gradient"] += len(x_t)
-        return network(prefix, x_t, *args, **kwargs)
-
-    policy.model.forward = counted
-    rng = np.random.default_rng(seed)
-    begun, loss = perf_counter(), torch.zeros(())
-    policy.train()
-    for _ in (bar := tqdm(range(steps), desc=f"{directory.name}", mininterval=10, leave=False)):
-        chosen = torch.from_numpy(rng.integers(len(data[STATE]), size=training.batch_size))
-        loss, _ = policy({key: value[chosen] for key, value in whole.items()})
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        policy.update()
-        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
-    seconds = perf_counter() - begun
-    del policy.model.forward
-    checkpoint = directory / "checkpoint"
-    policy.save_pretrained(checkpoint)
-    prepare.save_pretrained(checkpoint)
-    finish.save_pretrained(checkpoint)
-    (directory / "view.json").write_text(json.dumps(asdict(view)))
-    return {
-        "seconds": round(seconds, 1),
-        "steps": steps,
-        "frames": len(data[STATE]),
-        "parameters": sum(p.numel() for p in policy.parameters()),
-        "samples_per_step": {name: count / steps for name, count in counts.items()},
-        "loss": float(loss.detach()),
-    }
+    return fit(policy, policy.model, view, data, statistics(data), training, steps, seed, directory)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.metaworld import demonstrations as demos
+from benchmarks.metaworld import diffusion, pipeline, report, training
 from benchmarks.metaworld import evaluation as ev
-from benchmarks.metaworld import pipeline, report, training
 from benchmarks.metaworld.demonstrations import Episode, Recording, View
 from recipes.quickstart.simulator import Simulator
 
@@ -171,6 +171,21 @@ def test_every_budget_is_consistent():
     assert {(s.sampler, s.steps) for s in samplings("ofp")} == {("flow_map", 1), ("flow_map", 2), ("euler", 10)}
     assert {s.sampler for s in samplings("flow_matching")} == {"euler"}
     assert {s.steps for s in samplings("drifting")} == {1}
+    assert set(samplings("diffusion")) == {
+        ("ddim", 1, 0, 1),
+        ("ddim", 2, 0, 1),
+        ("ddim", 10, 0, 1),
+        ("ddpm", 100, 0, 1),
+    }
+
+
+def test_diffusion_always_starts_from_scratch(tmp_path):
+    budget = replace(pipeline.BUDGETS["small"], objectives=("ofp", "diffusion"), starts=("flow_matching",))
+    benchmark = pipeline.Benchmark(budget, tmp_path, 1)
+    ours, peer = benchmark._policies()
+    assert (ours.name, peer.name) == ("clean_0_ofp", "clean_0_diffusion_scratch")
+    plan = budget.training
+    assert benchmark._training(peer).arguments[2] == plan.base_steps + plan.steps
 
 
 def test_policies_from_both_starts_take_the_same_steps(tmp_path):
@@ -219,9 +234,9 @@ def test_a_tiny_run_of_the_stages(tmp_path):
         )
     again = ev.measure(tmp_path / "ofp", samplings[:1], TASK, recording, evaluation, tmp_path / "chunks.npy")
     assert again == results[:1]
-    timed = ev.measure_latency(tmp_path / "ofp", samplings, evaluation)
-    latency = timed["rows"]
-    assert timed["diffusion_chunk_ms"] > latency[0]["chunk_ms"]
+    slow = ev.Sampling("ddim", 3)
+    *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, evaluation)
+    assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None
     assert all(each["chunk_ms"] > 0 and each["action_pass_ms"] > 0 for each in latency)
     rows = report.rows_of(
         [
@@ -234,3 +249,52 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     times = [{**sampling._asdict(), **each} for sampling, each in zip(samplings, latency, strict=True)]
     report.plot({"rows": rows, "latency": times}, tmp_path / "success.png")
     assert (tmp_path / "success.png").stat().st_size > 0
+
+
+def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
+    """Its answers are those of LeRobot's `select_action` with the saved processors, DDIM's and DDPM's."""
+    import torch
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    recording, evaluation = (
+        Recording(episodes=2),
+        ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7),
+    )
+    small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4)
+    dataset, trained = tmp_path / "dataset", tmp_path / "diffusion"
+    demos.record(TASK, "clean", recording, dataset)
+    counts = diffusion.train([(TASK, dataset)], small, 3, 0, trained)
+    assert counts["samples_per_step"] == {"with_gradient": 4.0, "without_gradient": 0.0}
+
+    actor = ev.actor_of(trained)
+    rng = np.random.default_rng(5)
+    raw = rng.normal(size=(2, 39)).astype(np.float32)
+    checkpoint = str(trained / "checkpoint")
+    stock = DiffusionPolicy.from_pretrained(checkpoint).eval()
+    prepare, finish = make_pre_post_processors(stock.config, pretrained_path=checkpoint)
+    for sampler, steps in (("ddim", 2), ("ddpm", 100)):
+        noise = torch.from_numpy(rng.normal(size=(2, 8, 4)).astype(np.float32))
+        actor.use(ev.Sampling(sampler, steps))
+        own, rest = actor.act(raw, TASK, noise)
+        assert own.shape == (2, 8, 4) and rest is None
+        # The checkpoint as it was saved answers with DDPM; DDIM as its users ask for it.
+        stock.config.noise_scheduler_type, stock.config.num_inference_steps = sampler.upper(), steps
+        asked = DiffusionPolicy(stock.config).eval()
+        asked.load_state_dict(stock.state_dict())
+        torch.manual_seed(0)
+        batch = prepare(
+            {
+                "observation.environment_state": torch.from_numpy(actor.view(raw, TASK)),
+                "observation.state": torch.zeros(2, 1),
+            }
+        )
+        for step in range(small.executed):
+            action = finish(asked.select_action(batch, noise=noise))
+            np.testing.assert_allclose(own[:, step], action.numpy(), atol=1e-5)
+
+    ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
+    samplings = [ev.Sampling("ddim", 1), ev.Sampling("ddpm", 100)]
+    once = ev.measure(trained, samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
+    again = ev.measure(trained, samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
+    assert once == again and all(np.isfinite(each["jump"]) for each in once)

@@ -1,0 +1,79 @@
+"""LeRobot's own `diffusion` policy on the benchmark's data: what it trains on, and how it answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
+
+from .demonstrations import ACTION, STATE, Array, View
+from .training import Training, fit, observed, statistics
+
+NAME = "diffusion"
+SAMPLERS = ("ddim", "ddpm")
+
+
+def policy_config(training: Training, view: View, steps: int) -> Any:
+    """The same U-Net, optimiser steps and learning rate as `ofp_unet`; noise schedule and normalisation are its own.
+
+    It sees `view` as the environment's state. It insists on a robot's state beside that, which is a zero here.
+    """
+    from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+
+    return DiffusionConfig(
+        input_features={
+            OBS_STATE: PolicyFeature(FeatureType.STATE, (1,)),
+            OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (view.size,)),
+        },
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
+        normalization_mapping={
+            "STATE": NormalizationMode.IDENTITY,
+            "ENV": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MIN_MAX,
+        },
+        device="cpu",
+        n_obs_steps=1,
+        horizon=training.horizon,
+        n_action_steps=training.executed,
+        down_dims=training.down_dims,
+        kernel_size=training.kernel_size,
+        diffusion_step_embed_dim=training.time_width,
+        num_train_timesteps=100,
+        do_mask_loss_for_padding=True,
+        optimizer_lr=training.learning_rate,
+        scheduler_warmup_steps=min(100, steps // 10),
+    )
+
+
+def observation(states: Array) -> dict[str, Array]:
+    """(n, size) as what the policy sees: (n, 1, size) and zeros (n, 1, 1); 1 is for the time of an observation."""
+    return {OBS_ENV_STATE: states[:, None], OBS_STATE: np.zeros((len(states), 1, 1), dtype=np.float32)}
+
+
+def train(
+    datasets: Sequence[tuple[str, Path]], training: Training, steps: int, seed: int, directory: Path
+) -> dict[str, Any]:
+    """Trains from random weights and saves as `training.fit` does."""
+    import torch
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    view, data = observed(datasets, training.horizon)
+    stats = statistics(data)
+    stats = {OBS_ENV_STATE: stats[STATE], ACTION: stats[ACTION]}
+    policy = DiffusionPolicy(policy_config(training, view, steps))
+    data = {**observation(data[STATE]), ACTION: data[ACTION], "action_is_pad": data["action_is_pad"]}
+    return fit(policy, policy.diffusion.unet, view, data, stats, training, steps, seed, directory)
+
+
+def use_sampler(policy: Any, name: str, steps: int) -> None:
+    """Makes a `DiffusionPolicy` answer with `steps` evaluations of DDPM or DDIM, which keeps its noise schedule."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    scheduler = DDIMScheduler if name == "ddim" else DDPMScheduler
+    diffusion = policy.diffusion
+    diffusion.noise_scheduler = scheduler.from_config(diffusion.noise_scheduler.config)
+    diffusion.num_inference_steps = steps
