@@ -64,7 +64,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--policy",
         action="append",
         default=[],
-        metavar="name=N,path=P[,steps=1][,sampler=euler][,warm_start=.15][,samples=8][,horizon=25][,engine=true]",
+        metavar="name=N,path=P[,steps=1][,sampler=euler][,warm_start=.15][,samples=8][,temperature=.5][,horizon=25][,engine=true]",
         help="may be given several times; what is left out is the checkpoint's own setting",
     )
     policies.add_argument("--policies", type=Path, help="YAML list of the same, rename_map included")

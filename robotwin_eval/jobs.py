@@ -21,8 +21,8 @@ from .results import Chunk, Key
 class PolicySpec:
     """A checkpoint and how it answers; None is the checkpoint's own setting.
 
-    steps: network evaluations per chunk; samples: of which one is answered; horizon: actions executed of each chunk;
-    engine: the fast path of `ofp`; rename_map: LeRobot's.
+    steps: network evaluations per chunk; samples: of which one is answered; temperature: factor of the noise; horizon:
+    actions executed of each chunk; engine: the fast path of `ofp`; rename_map: LeRobot's.
     """
 
     name: str
@@ -31,6 +31,7 @@ class PolicySpec:
     sampler: str | None = None
     warm_start: float | None = None
     samples: int | None = None
+    temperature: float | None = None
     horizon: int | None = None
     engine: bool | None = None
     rename_map: Mapping[str, str] = field(default_factory=dict)
@@ -47,7 +48,14 @@ class PolicySpec:
             raise UserError(f"a policy needs {' and '.join(missing)}, as name=one,path=<checkpoint>,steps=1")
         try:
             spec = cls(**{**values, "name": str(values["name"]), "path": str(values["path"])})
-            kinds = {"steps": int, "samples": int, "horizon": int, "warm_start": float, "engine": bool}
+            kinds = {
+                "steps": int,
+                "samples": int,
+                "temperature": float,
+                "horizon": int,
+                "warm_start": float,
+                "engine": bool,
+            }
             for key, kind in kinds.items():
                 if (value := getattr(spec, key)) is not None:
                     object.__setattr__(spec, key, _as(kind, key, value))

@@ -256,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             sampler=args.sampler,
             warm_start=args.warm_start,
             test_time_samples=args.test_time_samples,
+            noise_temperature=args.noise_temperature,
         )
         server = PolicyServer(runner, args.host, args.port, args.rename_map, args.seed)
     except (UserError, OSError) as error:
@@ -285,6 +286,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--test-time-samples", type=at_least(1), help="of an `ofp` checkpoint: chunks drawn, one is answered"
+    )
+    parser.add_argument(
+        "--noise-temperature", type=at_least(0.0), help="of an `ofp` checkpoint: factor of the noise, at most 1"
     )
     parser.add_argument(
         "--execution-horizon", type=at_least(1), help="actions executed of a chunk (default: n_action_steps)"

@@ -139,6 +139,7 @@ class Player:
                 sampler=spec.sampler,
                 warm_start=spec.warm_start,
                 test_time_samples=spec.samples,
+                noise_temperature=spec.temperature,
             )
             runner.warm_up()
             self._loaded = spec, runner

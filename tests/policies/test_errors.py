@@ -88,6 +88,7 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"objective": "magic"}, "objective must be one of"),
         ({"paligemma_variant": "gemma_9b"}, "paligemma_variant must be one of"),
         ({"test_time_samples": 0}, "test_time_samples must be at least 1, got 0"),
+        ({"noise_temperature": 1.5}, r"noise_temperature must be in \[0, 1\], got 1.5"),
         ({"first_segment": "marginl"}, "first_segment must be one of"),
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
         ({"consistency_norm": "hubr"}, "consistency_norm must be one of"),

@@ -205,6 +205,22 @@ def test_of_several_samples_the_densest_is_the_answer(warm):
         policy.predict_action_chunk(observed, noise=noise[0])
 
 
+@pytest.mark.parametrize("warm", [0.0, 0.3])
+def test_the_noise_temperature_scales_the_noise_alone(warm):
+    """Not the rest that a warm start mixes in."""
+    observed, policy = batch(), unet_policy(branch=0.1, warm_start=warm)
+    noise, rest = torch.randn(2, HORIZON, small.ACTIONS), torch.randn(2, 3, small.ACTIONS)
+    expected = policy.predict_action_chunk(observed, noise=0.5 * noise, prev_chunk_left_over=rest)
+    assert not torch.allclose(expected, policy.predict_action_chunk(observed, noise=noise, prev_chunk_left_over=rest))
+    policy.config.noise_temperature = 0.5
+    assert torch.equal(expected, policy.predict_action_chunk(observed, noise=noise, prev_chunk_left_over=rest))
+    torch.manual_seed(3)
+    drawn = policy.predict_action_chunk(observed)
+    torch.manual_seed(3)
+    given = policy.predict_action_chunk(observed, noise=torch.randn(2, HORIZON, small.ACTIONS))
+    assert torch.equal(drawn, given)
+
+
 def test_chunks_are_executed_in_order_and_the_next_starts_from_the_rest():
     policy = unet_policy(warm_start=0.25, branch=0.3)
     starts = []

@@ -240,6 +240,14 @@ def test_of_several_samples_the_densest_is_the_answer():
     torch.testing.assert_close(answer, torch.from_numpy(by_hand(torch.stack(alone).numpy())), atol=1e-5, rtol=0)
 
 
+def test_the_noise_temperature_scales_the_noise():
+    policy, observed, noise = small.ofp_policy(branch=0.2), small.batch(2), torch.randn(2, small.HORIZON, 8)
+    expected = policy.predict_action_chunk(observed, noise=0.25 * noise)
+    assert not torch.allclose(expected, policy.predict_action_chunk(observed, noise=noise))
+    policy.config.noise_temperature = 0.25
+    assert torch.equal(expected, policy.predict_action_chunk(observed, noise=noise))
+
+
 def test_select_action_executes_n_action_steps_of_each_chunk():
     policy, batch = small.ofp_policy(branch=0.2), small.batch(2)
     noises = [torch.randn(2, small.HORIZON, 8) for _ in range(2)]

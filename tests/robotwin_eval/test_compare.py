@@ -360,10 +360,10 @@ def test_a_wrong_policy_is_named(policy, message, tmp_path, capsys):
 
 
 def test_samples_are_a_setting_that_older_directories_do_not_know():
-    spec = PolicySpec.parse_flag("name=best,path=somewhere,steps=1,samples=8")
-    assert spec.samples == 8
+    spec = PolicySpec.parse_flag("name=best,path=somewhere,steps=1,samples=8,temperature=.5")
+    assert spec.samples == 8 and spec.temperature == 0.5
     with pytest.raises(UserError, match="samples is 2.5, expected is int"):
         PolicySpec.parse_flag("name=best,path=somewhere,samples=2.5")
     now = {**asdict(PolicySpec("one", "here", steps=1)), "checkpoint": None}
-    older = {key: value for key, value in now.items() if key != "samples"}
+    older = {key: value for key, value in now.items() if key not in ("samples", "temperature")}
     assert compare._is_same(older, now) and not compare._is_same(older, {**now, "samples": 8})

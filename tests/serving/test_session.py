@@ -87,6 +87,14 @@ def test_several_samples_are_drawn_from_the_sessions_own_noise(ofp):
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_the_noise_temperature_is_the_policys(ofp):
+    runner = Runner.load(str(ofp), device="cpu", noise_temperature=0.5)
+    assert runner.describe()["noise_temperature"] == 0.5
+    policy, raw, noise = OFPPolicy.from_pretrained(ofp), observation(), draw()
+    answer = runner.session().infer(raw, noise[0])
+    assert np.array_equal(answer.actions, by_hand(policy, ofp, raw, 0.5 * noise))
+
+
 def test_images_are_normalised_where_the_checkpoint_says_so(dataset, tokenizer, tmp_path):
     """π₀.₅ does not, and its images go past the preprocessor."""
     modes = {"VISUAL": "MEAN_STD", "STATE": "QUANTILES", "ACTION": "QUANTILES"}

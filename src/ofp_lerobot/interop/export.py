@@ -60,7 +60,7 @@ def export(
     config.dtype, config.compile_model, config.tokenizer_max_length = "float32", False, None
     config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
     config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
-    config.test_time_samples = 1
+    config.test_time_samples, config.noise_temperature = 1, 1.0
     size = config.output_features[ACTION].shape[0]
     processors = read_processors(source, size, for_openpi=layout != "lerobot")
     if layout != "lerobot" and not processors.pillow:

@@ -251,7 +251,10 @@ class FlowMapPolicy(PreTrainedPolicy):
     def _start(
         self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device
     ) -> tuple[Tensor, float]:
-        """Where sampling starts: x (test_time_samples·b, horizon, action_dim) at a time. rest as of `_usable_rest`."""
+        """Where sampling starts: x (test_time_samples·b, horizon, action_dim) at a time.
+
+        noise is standard normal before `noise_temperature`, drawn where not given; rest as of `_usable_rest`.
+        """
         k = self.config.test_time_samples
         shape = (k * b, self.config.chunk_size, action_dim)
         if noise is None:
@@ -259,7 +262,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         elif tuple(noise.shape) != shape:
             many = f", test_time_samples={k} for each of {b} observations" if k > 1 else ""
             raise ValueError(f"noise must be {shape}{many}, got {tuple(noise.shape)}")
-        noise = noise.to(device, torch.float32)
+        noise = self.config.noise_temperature * noise.to(device, torch.float32)
         if rest is None or not self.config.warm_start:
             return noise, 1.0
         return warm_start(noise, rest.repeat(k, 1, 1), self.config.warm_start)

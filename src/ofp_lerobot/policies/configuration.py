@@ -23,6 +23,8 @@ class FlowMapConfig(PreTrainedConfig):
     sampler: str = "flow_map"
     # Samples drawn for each chunk in one batch over the same prefix; the one in the densest place is the answer.
     test_time_samples: int = 1
+    # Factor of the noise that a chunk starts from. Below 1 answers vary less, around each of the modes.
+    noise_temperature: float = 1.0
     # Fraction of the last chunk's unexecuted actions in the start of the next one (0 is off, the paper's best is 0.15).
     warm_start: float = 0.0
 
@@ -54,6 +56,7 @@ class FlowMapConfig(PreTrainedConfig):
         choice("objective", self.objective, tuple(OBJECTIVES))
         within("num_inference_steps", self.num_inference_steps, 1)
         within("test_time_samples", self.test_time_samples, 1)
+        within("noise_temperature", self.noise_temperature, 0, 1)
         within("warm_start", self.warm_start, 0, 0.99)
         within("consistency_weight", self.consistency_weight, 0)
         within("guidance_weight", self.guidance_weight, 0)

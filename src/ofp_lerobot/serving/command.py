@@ -73,6 +73,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of `ofp`: chunks drawn for an answer, which is the one in the densest place (default: the checkpoint's)",
     )
     parser.add_argument(
+        "--noise-temperature",
+        type=at_least(0.0),
+        help="of `ofp`, at most 1: factor of the noise that a chunk starts from (default: the checkpoint's)",
+    )
+    parser.add_argument(
         "--execution-horizon",
         type=at_least(1),
         help="actions of a chunk that are answered, all of which the robot executes (default: its n_action_steps)",
@@ -132,6 +137,7 @@ def serve(args: argparse.Namespace) -> None:
         inference_engine=args.inference_engine,
         warm_start=args.warm_start,
         test_time_samples=args.test_time_samples,
+        noise_temperature=args.noise_temperature,
     )
     translator = Translator(
         layout,

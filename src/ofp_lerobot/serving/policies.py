@@ -70,6 +70,11 @@ class ServedPolicy(NamedTuple):
         return self.config.test_time_samples if isinstance(self.config, OFPConfig) else 1
 
     @property
+    def noise_temperature(self) -> float:
+        """Factor of the noise that chunks start from."""
+        return self.config.noise_temperature if isinstance(self.config, OFPConfig) else 1.0
+
+    @property
     def inference_engine(self) -> bool:
         """Whether chunks go through our fast path."""
         return isinstance(self.config, OFPConfig) and self.config.inference_engine

@@ -131,6 +131,7 @@ class Runner:
             "inference_engine": self.served.inference_engine,
             "warm_start": self.served.warm_start,
             "test_time_samples": self.served.test_time_samples,
+            "noise_temperature": self.served.noise_temperature,
             "dtype": config.dtype,
             "device": str(config.device),
             "versions": {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")},

@@ -14,7 +14,7 @@ _SECTION = """
 | | |
 | --- | --- |
 | Objective | `{objective}` |
-| Evaluations per chunk | {steps} (`num_inference_steps`, sampler `{sampler}`){samples} |
+| Evaluations per chunk | {steps} (`num_inference_steps`, sampler `{sampler}`){samples}{temperature} |
 | Chunk, executed | {chunk}, {executed} |
 | Base model | {base} |
 | lerobot | {lerobot} |
@@ -44,6 +44,7 @@ def describe(card: ModelCard, config: OFPConfig) -> ModelCard:
     section = _SECTION.format(
         steps=config.num_inference_steps,
         samples=f", of the densest of {config.test_time_samples} samples" if config.test_time_samples > 1 else "",
+        temperature=f", noise times {config.noise_temperature:g}" if config.noise_temperature != 1 else "",
         method=_METHOD.get(config.objective, f"Trained with the objective `{config.objective}`."),
         warm=f" Chunks start from {config.warm_start:.0%} of the previous plan." if config.warm_start else "",
         objective=config.objective,
