@@ -69,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for each in report["differences"]:
         print(
-            f"one step of ofp (of {each['ours']}) - {each['objective']} {each['steps']} {each['sampler']} "
-            f"(of {each['samples']}, warm start {each['warm_start']:g}): "
+            f"one step of ofp (of {each['ours'][0]}, noise times {each['ours'][1]:g}) - {each['objective']} "
+            f"{each['steps']} {each['sampler']} (of {each['samples']}, noise times {each['temperature']:g}, "
+            f"warm start {each['warm_start']:g}): "
             f"{100 * each['mean']:+.1f} points [{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
         )
     for check in report["bars"]:

@@ -39,6 +39,7 @@ class Sampling(NamedTuple):
     steps: int
     warm_start: float = 0.0
     samples: int = 1  # of which the one in the densest place is taken
+    temperature: float = 1.0  # factor of the noise
 
 
 class Actor:
@@ -66,7 +67,8 @@ class Actor:
 
     def use(self, sampling: Sampling) -> None:
         config = self.policy.config
-        config.sampler, config.num_inference_steps, config.warm_start, config.test_time_samples = sampling
+        config.sampler, config.num_inference_steps, config.warm_start = sampling[:3]
+        config.test_time_samples, config.noise_temperature = sampling[3:]
 
     def prepare(self, raw: Array, task: str) -> dict[str, Any]:
         import torch
@@ -180,43 +182,31 @@ def measure_experts(
 
 
 def measure(
-    directory: Path,
-    samplings: Sequence[Sampling],
-    task: str,
-    recording: Recording,
-    evaluation: Evaluation,
-    experts: Path,
-) -> list[dict[str, Any]]:
-    """One result for each way that a checkpoint answers."""
+    directory: Path, sampling: Sampling, task: str, recording: Recording, evaluation: Evaluation, experts: Path
+) -> dict[str, Any]:
+    """How a checkpoint does that answers by `sampling`; experts: what `measure_experts` saved."""
     actor, reference = actor_of(directory), np.load(experts)
+    actor.use(sampling)
     seeds = range(evaluation.seed, evaluation.seed + evaluation.episodes)
+    solved: list[bool] = []
+    jumps: list[float] = []
+    for first in range(0, len(seeds), evaluation.side_by_side):
+        group = seeds[first : first + evaluation.side_by_side]
+        done, gaps = roll_out(actor, task, group, recording, evaluation.max_steps)
+        solved, jumps = solved + done, jumps + gaps
     (simulator,) = simulators(task, recording.action_repeat, 1)
-    observed = range(evaluation.seed, evaluation.seed + evaluation.observations)
-    starts = [simulator.reset(seed).astype(np.float32) for seed in observed]
-    results = []
-    for sampling in samplings:
-        actor.use(sampling)
-        solved: list[bool] = []
-        jumps: list[float] = []
-        for first in range(0, len(seeds), evaluation.side_by_side):
-            group = seeds[first : first + evaluation.side_by_side]
-            done, gaps = roll_out(actor, task, group, recording, evaluation.max_steps)
-            solved, jumps = solved + done, jumps + gaps
-        answers = []
-        for seed, start in zip(observed, starts, strict=True):
-            rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
-            answers.append(actor.act(np.stack([start] * len(rngs)), task, actor.noise(rngs))[0])
-        own = np.stack(answers)
-        distances = [energy_distance(a, b) for a, b in zip(own, reference, strict=True)]
-        results.append(
-            {
-                "solved": [int(each) for each in solved],
-                "energy_distance": float(np.mean(distances)),
-                "spread": spread(own),
-                "jump": float(np.mean(jumps)) if jumps else None,
-            }
-        )
-    return results
+    answers = []
+    for seed in range(evaluation.seed, evaluation.seed + evaluation.observations):
+        start = simulator.reset(seed).astype(np.float32)
+        rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
+        answers.append(actor.act(np.stack([start] * len(rngs)), task, actor.noise(rngs))[0])
+    own = np.stack(answers)
+    return {
+        "solved": [int(each) for each in solved],
+        "energy_distance": float(np.mean([energy_distance(a, b) for a, b in zip(own, reference, strict=True)])),
+        "spread": spread(own),
+        "jump": float(np.mean(jumps)) if jumps else None,
+    }
 
 
 def measure_latency(

@@ -22,7 +22,8 @@ from .demonstrations import CONDITIONS, SUBSET, Recording, record
 from .evaluation import Evaluation, Sampling
 from .training import Training, train
 
-BASE, WARM_START, SAMPLES, RESULT = "flow_matching", 0.15, 8, "result.json"
+BASE, RESULT = "flow_matching", "result.json"
+WARM_START, SAMPLES, TEMPERATURE = 0.15, 8, 0.5
 LATENCY_STEPS = (1, 2, 4, 10, 100)
 
 
@@ -120,7 +121,7 @@ class Benchmark:
             self._work(workers, "train the base", [self._training(run) for run in dict.fromkeys(bases)])
             self._work(workers, "train objectives", [self._training(run) for run in policies])
             self._work(workers, "experts", [self._experts(*source) for source in sources])
-            evaluations = [self._evaluation(run, task) for run in policies for task in budget.tasks]
+            evaluations = [self._evaluation(*key) for key in self._evaluated()]
             self._work(workers, "evaluate", evaluations)
         # Alone on the machine, as far as this run goes.
         self._work(None, "latency", [self._latency()])
@@ -184,24 +185,32 @@ class Benchmark:
         return Job(directory, settings, ev.measure_experts, (*arguments, directory / "chunks.npy"))
 
     def samplings(self, objective: str) -> list[Sampling]:
-        """One, two, … evaluations with the sampler that the objective trains; one also warm, and with more samples."""
+        """One, two, … evaluations with the sampler that the objective trains; one also warm and with more samples,
+        the fewest with less noise, and flow matching's all.
+        """
         if objective == diffusion.NAME:
             return [*(Sampling("ddim", steps) for steps in self.budget.steps), Sampling("ddpm", 100)]
         own = "flow_map" if OBJECTIVES[objective].uses_target_time else "euler"
         variants = [Sampling(own, 1, WARM_START), Sampling(own, 1, samples=SAMPLES)]
-        if objective == "drifting":
-            return [Sampling(own, 1), *variants]
-        plain = [Sampling(own if steps < 10 else "euler", steps) for steps in self.budget.steps]
-        return [*plain, *variants] + [Sampling("euler", 10, WARM_START)] * (objective == BASE)
+        steps = self.budget.steps if objective != "drifting" else (1,)
+        plain = [Sampling(own if count < 10 else "euler", count) for count in steps]
+        cool = [each._replace(temperature=TEMPERATURE) for each in plain if each.steps < 10 or objective == BASE]
+        return [*plain, *variants, *cool] + [Sampling("euler", 10, WARM_START)] * (objective == BASE)
 
-    def _evaluation(self, run: Run, task: str) -> Job:
+    def _evaluated(self) -> list[tuple[Run, str, Sampling]]:
+        return [
+            (run, task, sampling)
+            for run, task in product(self._policies(), self.budget.tasks)
+            for sampling in self.samplings(run.objective or BASE)
+        ]
+
+    def _evaluation(self, run: Run, task: str, sampling: Sampling) -> Job:
         budget, trained = self.budget, self._trained(run)
-        assert run.objective is not None
         experts = self._experts(run.condition, task).directory / "chunks.npy"
-        samplings = self.samplings(run.objective)
-        arguments = (trained, samplings, task, budget.recording, budget.evaluation, experts)
-        settings = [self._training(run).settings, samplings, task, budget.evaluation]
-        return Job(self.output / "evaluation" / f"{run.name}_{task}", settings, ev.measure, arguments)
+        arguments = (trained, sampling, task, budget.recording, budget.evaluation, experts)
+        settings = [self._training(run).settings, sampling, task, budget.evaluation]
+        name = "_".join(map(str, sampling))
+        return Job(self.output / "evaluation" / f"{run.name}_{task}" / name, settings, ev.measure, arguments)
 
     def _latency(self) -> Job:
         budget, run = self.budget, self._policies()[0]
@@ -218,11 +227,9 @@ class Benchmark:
             return json.loads((job.directory / RESULT).read_text())
 
         budget, policies, results = self.budget, self._policies(), []
-        for run, task in product(policies, budget.tasks):
-            assert run.objective is not None
-            found = result(self._evaluation(run, task))
-            for sampling, each in zip(self.samplings(run.objective), found, strict=True):
-                results.append({**run._asdict(), "task": task, **sampling._asdict(), **each})
+        for run, task, sampling in self._evaluated():
+            found = result(self._evaluation(run, task, sampling))
+            results.append({**run._asdict(), "task": task, **sampling._asdict(), **found})
         latency = self._latency()
         rows = reports.rows_of(results)
         bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)

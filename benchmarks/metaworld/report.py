@@ -1,6 +1,6 @@
 """Results of a run as rows, a table, paired differences and a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,15 @@ import numpy as np
 
 from robotwin_eval.statistics import wilson_interval
 
-KEYS = ("condition", "objective", "start", "sampler", "steps", "warm_start", "samples")
+KEYS = ("condition", "objective", "start", "sampler", "steps", "warm_start", "samples", "temperature")
 Row = dict[str, Any]
+# How OFP answers: a name's end, and which rows are meant.
+WAYS: dict[str, Callable[[Row], bool]] = {
+    "": lambda row: not row["warm_start"] and row["samples"] == 1 and row["temperature"] == 1,
+    ", warm start": lambda row: row["warm_start"] > 0,
+    ", densest of several": lambda row: row["samples"] > 1,
+    ", less noise": lambda row: row["temperature"] < 1,
+}
 
 
 def rows_of(results: Sequence[Row]) -> list[Row]:
@@ -75,6 +82,7 @@ def table(rows: Sequence[Row]) -> str:
         "steps",
         "warm",
         "samples",
+        "noise",
         "success [95 %]",
         "± seeds",
         "energy distance",
@@ -93,6 +101,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row['steps']} {row['sampler']}",
                 f"{row['warm_start'] or '–'}",
                 f"{row['samples']}",
+                f"{row['temperature']:g}",
                 f"{row['success']:.2f} [{low:.2f}, {high:.2f}]",
                 seeds,
                 f"{row['energy_distance']:.3f}",
@@ -104,9 +113,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row]) -> list[Row]:
-    """One step of OFP on clean demonstrations, single answers and the densest of several, minus everything else's rows.
+    """One step of OFP on clean demonstrations, without a warm start, minus everything else's rows.
 
-    mean, low and high are of `paired_difference`.
+    ours: samples and noise temperature of OFP's; mean, low and high are of `paired_difference`.
     """
     clean = [row for row in rows if row["condition"] == "clean"]
     ours = [row for row in clean if row["objective"] == "ofp" and row["steps"] == 1 and not row["warm_start"]]
@@ -117,45 +126,43 @@ def differences(rows: Sequence[Row]) -> list[Row]:
                 continue
             mean, low, high = paired_difference(one, other)
             known = {key: other[key] for key in KEYS[1:]}
-            found.append({"ours": one["samples"], **known, "mean": mean, "low": low, "high": high})
+            found.append(
+                {"ours": [one["samples"], one["temperature"]], **known, "mean": mean, "low": low, "high": high}
+            )
     return found
 
 
 def bars(rows: Sequence[Row]) -> list[Row]:
-    """What must hold, on clean demonstrations: name, value, limit, whether it does; only what was run."""
+    """What must hold, on clean demonstrations: name, value, limit, whether it does; only what was run.
+
+    One-step OFP in each of the `WAYS` against flow matching's best row of single answers, of any number of evaluations,
+    warm start and noise, and against the best rival that answers the same way.
+    """
     rows = [row for row in rows if row["condition"] == "clean"]
-    clean = [row for row in rows if not row["warm_start"] and row["samples"] == 1]
-    warm = [row for row in rows if row["warm_start"]]
-    several = [row for row in rows if row["samples"] > 1]
     flow = [row for row in rows if row["objective"] == "flow_matching" and row["samples"] == 1]
     checks: list[Row] = []
 
     def check(what: str, value: float, limit: float, **more: float) -> None:
         checks.append({"what": what, "value": value, "limit": limit, "holds": value > limit, **more})
 
-    def ours(group: Sequence[Row], steps: int) -> Row | None:
-        found = [row for row in group if row["objective"] == "ofp" and row["steps"] == steps]
-        return max(found, key=lambda row: row["success"], default=None)
+    def best(group: Sequence[Row]) -> Row | None:
+        return max(group, key=lambda row: row["success"], default=None)
 
-    for name, group in (("no warm start", clean), ("warm start", warm), ("the densest of several", several)):
-        one = ours(group, 1)
-        if one is None or not flow:
-            continue
-        best = max(flow, key=lambda row: row["success"])
-        mean, low, high = paired_difference(one, best)
-        what = f"one step ({name}) - best flow matching ({best['steps']} steps, single answers), lower end"
-        check(what, low, -0.05, mean=mean, high=high)
-    one, two = ours(clean, 1), ours(clean, 2)
-    for name, group in (("one step", clean), ("one step, the densest of several", several)):
-        mine = ours(group, 1)
-        rivals = [row for row in group if row["steps"] == 1 and row["objective"] not in ("ofp", "flow_matching")]
-        if mine is None or not rivals:
-            continue
-        best = max(rivals, key=lambda row: row["success"])
-        mean, low, high = paired_difference(mine, best)
-        check(f"{name} - best rival's ({best['objective']})", mean, 0.0, low=low, high=high)
-    if one is not None and two is not None:
-        check("two steps - one step", two["success"] - one["success"], -0.03)
+    for name, way in WAYS.items():
+        answers = [row for row in rows if row["steps"] == 1 and way(row)]
+        one = best([row for row in answers if row["objective"] == "ofp"])
+        other = best(flow)
+        if one is not None and other is not None:
+            mean, low, high = paired_difference(one, other)
+            what = f"one step{name} - best flow matching ({other['steps']} steps, noise times {other['temperature']:g})"
+            check(f"{what}, lower end", low, -0.05, mean=mean, high=high)
+        rival = best([row for row in answers if row["objective"] not in ("ofp", "flow_matching")])
+        if one is not None and rival is not None:
+            mean, low, high = paired_difference(one, rival)
+            check(f"one step{name} - best rival's ({rival['objective']})", mean, 0.0, low=low, high=high)
+        two = best([row for row in rows if row["objective"] == "ofp" and row["steps"] == 2 and way(row)])
+        if one is not None and two is not None:
+            check(f"two steps{name} - one step", two["success"] - one["success"], -0.03)
     return checks
 
 
@@ -173,15 +180,21 @@ def plot(report: Row, path: Path) -> None:
         curves: dict[tuple[str, str, float, int], list[Row]] = {}
         for row in report["rows"]:
             if row["condition"] == condition:
-                key = (row["objective"], row["start"], row["warm_start"], row["samples"])
+                key = (row["objective"], row["start"], row["warm_start"], row["samples"], row["temperature"])
                 curves.setdefault(key, []).append(row)
-        for (objective, start, warm, samples), rows in curves.items():
+        for (objective, start, warm, samples, temperature), rows in curves.items():
             rows = sorted(rows, key=lambda row: row["steps"])
             label = objective + (" from scratch" if start == "scratch" else "") + (", warm" if warm else "")
             label += f", densest of {samples}" if samples > 1 else ""
+            label += f", noise × {temperature:g}" if temperature != 1 else ""
             success = np.array([row["success"] for row in rows])
             error = np.abs(np.array([row["ci95"] for row in rows]).T - success)
-            style = {"marker": "o", "capsize": 2, "linestyle": "--" if warm else "-", "label": label}
+            style = {
+                "marker": "o",
+                "capsize": 2,
+                "linestyle": "--" if warm else ":" if temperature != 1 else "-",
+                "label": label,
+            }
             left.errorbar([row["steps"] for row in rows], success, yerr=error, **style)
             right.errorbar(
                 [times[row["sampler"], row["steps"], row["samples"]] for row in rows], success, yerr=error, **style

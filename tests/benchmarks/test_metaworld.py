@@ -75,7 +75,7 @@ def test_the_clean_demonstrator_is_the_expert_and_the_noisy_one_is_slower_and_di
     assert pace.min() >= 0.6 and pace.max() <= 1 and np.ptp(pace) < 1e-3
 
 
-def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flow_map", samples=1):
+def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flow_map", samples=1, noise=1.0):
     return {
         "condition": "clean",
         "objective": objective,
@@ -84,6 +84,7 @@ def result(objective, steps, solved, seed=0, task="a-v3", warm=0.0, sampler="flo
         "steps": steps,
         "warm_start": warm,
         "samples": samples,
+        "temperature": noise,
         "seed": seed,
         "task": task,
         "solved": solved,
@@ -113,7 +114,7 @@ def test_rows_join_tasks_and_seeds():
         [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)], abs=1e-4
     )
     assert two["success"] == 1 and two["seed_spread"] is None
-    assert "| clean | ofp | flow_matching | 1 flow_map | – | 1 | 0.38 [0.18, 0.61] |" in report.table([one, two])
+    assert "| clean | ofp | flow_matching | 1 flow_map | – | 1 | 1 | 0.38 [0.18, 0.61] |" in report.table([one, two])
 
 
 def test_bars_compare_the_same_episodes():
@@ -125,6 +126,7 @@ def test_bars_compare_the_same_episodes():
             results.append(result("shortcut", 1, [1, 1, 1, 1], seed, task))
             results.append(result("ofp", 1, [1, 1, 1, 1], seed, task, samples=8))
             results.append(result("shortcut", 1, [1, 1, 1, 0], seed, task, samples=8))
+            results.append(result("ofp", 1, [0, 1, 0, 0], seed, task, noise=0.5))
             results.append(result("flow_matching", 1, [0, 0, 0, 0], seed, task, sampler="euler"))
             results.append(result("flow_matching", 1, [1, 1, 1, 1], seed, task, sampler="euler", samples=8))
             results.append(
@@ -143,22 +145,25 @@ def test_bars_compare_the_same_episodes():
     mean, low, high = report.paired_difference(*lone)
     error = 1.96 * difference.std() / np.sqrt(400)
     assert (mean - low, high - mean) == pytest.approx((error, error), rel=0.1)
-    checks = {check["what"].split(",")[0]: check for check in report.bars(rows)}
-    assert checks["one step (no warm start) - best flow matching (10 steps"]["mean"] == pytest.approx(1 / 12)
+    checks = {check["what"]: check for check in report.bars(rows)}
+    best = "best flow matching (10 steps, noise times 1), lower end"
+    assert checks[f"one step - {best}"]["mean"] == pytest.approx(1 / 12)
     rival = checks["one step - best rival's (shortcut)"]
     assert rival["value"] == -0.25 and not rival["holds"]
     # Several samples: ours against single answers of flow matching, and against the rival's several.
-    several = checks["one step (the densest of several) - best flow matching (10 steps"]
-    assert several["mean"] == pytest.approx(1 / 3)
+    assert checks[f"one step, densest of several - {best}"]["mean"] == pytest.approx(1 / 3)
+    assert checks["one step, densest of several - best rival's (shortcut)"]["value"] == 0.25
     assert checks["two steps - one step"]["holds"]
+    # Less noise: no rival of its own was run.
+    assert checks[f"one step, less noise - {best}"]["mean"] == pytest.approx(1 / 4 - 2 / 3)
+    assert len(checks) == 3 + 2 + 1
     told = {
-        (each["ours"], each["objective"], each["steps"], each["samples"]): each for each in report.differences(rows)
+        (*each["ours"], each["objective"], each["steps"], each["samples"]): each for each in report.differences(rows)
     }
-    assert told[1, "flow_matching", 10, 1]["mean"] == pytest.approx(1 / 12)
-    assert told[8, "shortcut", 1, 8]["mean"] == 0.25 and told[8, "shortcut", 1, 1]["mean"] == 0
-    assert len(told) == 2 * 5
-    alike = {check["what"]: check["value"] for check in report.bars(rows)}
-    assert alike["one step, the densest of several - best rival's (shortcut)"] == 0.25
+    assert told[1, 1, "flow_matching", 10, 1]["mean"] == pytest.approx(1 / 12)
+    assert told[8, 1, "shortcut", 1, 8]["mean"] == 0.25 and told[8, 1, "shortcut", 1, 1]["mean"] == 0
+    assert told[1, 0.5, "flow_matching", 1, 1]["mean"] == 0.25
+    assert len(told) == 3 * 5
 
 
 def test_every_budget_is_consistent():
@@ -171,12 +176,8 @@ def test_every_budget_is_consistent():
     assert {(s.sampler, s.steps) for s in samplings("ofp")} == {("flow_map", 1), ("flow_map", 2), ("euler", 10)}
     assert {s.sampler for s in samplings("flow_matching")} == {"euler"}
     assert {s.steps for s in samplings("drifting")} == {1}
-    assert set(samplings("diffusion")) == {
-        ("ddim", 1, 0, 1),
-        ("ddim", 2, 0, 1),
-        ("ddim", 10, 0, 1),
-        ("ddpm", 100, 0, 1),
-    }
+    every = [(s.sampler, s.steps) for s in samplings("diffusion")]
+    assert every == [("ddim", 1), ("ddim", 2), ("ddim", 10), ("ddpm", 100)]
 
 
 def test_diffusion_always_starts_from_scratch(tmp_path):
@@ -226,14 +227,19 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     assert ofp["steps"] == 2 and ofp["samples_per_step"]["with_gradient"] >= 8
 
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
-    samplings = [ev.Sampling("flow_map", 1), ev.Sampling("euler", 2, 0.15), ev.Sampling("flow_map", 1, samples=3)]
-    results = ev.measure(tmp_path / "ofp", samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
+    samplings = [
+        ev.Sampling("flow_map", 1),
+        ev.Sampling("euler", 2, 0.15),
+        ev.Sampling("flow_map", 1, samples=3),
+        ev.Sampling("flow_map", 1, temperature=0.5),
+    ]
+    arguments = (TASK, recording, evaluation, tmp_path / "chunks.npy")
+    results = [ev.measure(tmp_path / "ofp", sampling, *arguments) for sampling in samplings]
     for found in results:
         assert (
             len(found["solved"]) == 2 and np.isfinite([found["energy_distance"], found["spread"], found["jump"]]).all()
         )
-    again = ev.measure(tmp_path / "ofp", samplings[:1], TASK, recording, evaluation, tmp_path / "chunks.npy")
-    assert again == results[:1]
+    assert ev.measure(tmp_path / "ofp", samplings[0], *arguments) == results[0]
     slow = ev.Sampling("ddim", 3)
     *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, evaluation)
     assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None
@@ -294,7 +300,7 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
             np.testing.assert_allclose(own[:, step], action.numpy(), atol=1e-5)
 
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
-    samplings = [ev.Sampling("ddim", 1), ev.Sampling("ddpm", 100)]
-    once = ev.measure(trained, samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
-    again = ev.measure(trained, samplings, TASK, recording, evaluation, tmp_path / "chunks.npy")
-    assert once == again and all(np.isfinite(each["jump"]) for each in once)
+    arguments = (TASK, recording, evaluation, tmp_path / "chunks.npy")
+    for sampling in (ev.Sampling("ddim", 1), ev.Sampling("ddpm", 100)):
+        once = ev.measure(trained, sampling, *arguments)
+        assert once == ev.measure(trained, sampling, *arguments) and np.isfinite(once["jump"])
