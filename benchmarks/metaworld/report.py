@@ -167,7 +167,10 @@ def bars(rows: Sequence[Row]) -> list[Row]:
 
 
 def plot(report: Row, path: Path) -> None:
-    """Success with its interval against evaluations, and against milliseconds, on clean demonstrations."""
+    """Success with its interval against evaluations, and against milliseconds, for each condition.
+
+    Of the rivals only plain answers, so that the curves can be told apart.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -177,9 +180,10 @@ def plot(report: Row, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = np.array(figure.subplots(len(conditions), 2, sharey=True)).reshape(len(conditions), 2)
     for condition, (left, right) in zip(conditions, axes, strict=True):
-        curves: dict[tuple[str, str, float, int], list[Row]] = {}
+        curves: dict[tuple[Any, ...], list[Row]] = {}
         for row in report["rows"]:
-            if row["condition"] == condition:
+            drawn = row["objective"] in ("ofp", "flow_matching") or WAYS[""](row)
+            if row["condition"] == condition and drawn:
                 key = (row["objective"], row["start"], row["warm_start"], row["samples"], row["temperature"])
                 curves.setdefault(key, []).append(row)
         for (objective, start, warm, samples, temperature), rows in curves.items():
