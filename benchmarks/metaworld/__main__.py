@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             + passes
         )
     for each in report["differences"]:
+        ours = f"one step of ofp (of {each['ours'][0]}, noise times {each['ours'][1]:g})"
+        other = f"of {each['samples']}, noise times {each['temperature']:g}, warm start {each['warm_start']:g}"
+        mean, low, high = (100 * each[key] for key in ("mean", "low", "high"))
         print(
-            f"one step of ofp (of {each['ours'][0]}, noise times {each['ours'][1]:g}) - {each['objective']} "
-            f"{each['steps']} {each['sampler']} (of {each['samples']}, noise times {each['temperature']:g}, "
-            f"warm start {each['warm_start']:g}): "
-            f"{100 * each['mean']:+.1f} points [{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
+            f"{each['condition']}: {ours} - {each['objective']} {each['steps']} {each['sampler']} ({other}): "
+            f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
         )
     for check in report["bars"]:
         held = "PASS" if check["holds"] else "MISS"

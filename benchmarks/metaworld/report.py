@@ -113,22 +113,23 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row]) -> list[Row]:
-    """One step of OFP on clean demonstrations, without a warm start, minus everything else's rows.
+    """One step of OFP, without a warm start, minus every other objective's rows on the same demonstrations.
 
     ours: samples and noise temperature of OFP's; mean, low and high are of `paired_difference`.
     """
-    clean = [row for row in rows if row["condition"] == "clean"]
-    ours = [row for row in clean if row["objective"] == "ofp" and row["steps"] == 1 and not row["warm_start"]]
     found = []
-    for one in ours:
-        for other in clean:
-            if other["objective"] == "ofp" or (other["start"] != one["start"] and other["objective"] != "diffusion"):
+    for one in rows:
+        if one["objective"] != "ofp" or one["steps"] != 1 or one["warm_start"]:
+            continue
+        for other in rows:
+            if other["objective"] == "ofp" or other["condition"] != one["condition"]:
+                continue
+            if other["start"] != one["start"] and other["objective"] != "diffusion":
                 continue
             mean, low, high = paired_difference(one, other)
-            known = {key: other[key] for key in KEYS[1:]}
-            found.append(
-                {"ours": [one["samples"], one["temperature"]], **known, "mean": mean, "low": low, "high": high}
-            )
+            known = {key: other[key] for key in KEYS}
+            ours = [one["samples"], one["temperature"]]
+            found.append({"ours": ours, **known, "mean": mean, "low": low, "high": high})
     return found
 
 
