@@ -2,7 +2,7 @@
 
 Every policy is the same U-Net on the same demonstrations of all tasks. Flow matching trains it from scratch; from there
 every objective, flow matching among them, takes the same number of steps. With `--starts scratch` an objective also
-trains from scratch, for as many steps as both together.
+trains from scratch, for as many steps as both together, as `diffusion`, LeRobot's own policy, always does.
 
     python -m benchmarks.metaworld --budget small                    # under 20 minutes on 2 cores
     python -m benchmarks.metaworld --budget day --output outputs/metaworld_day
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ofp_lerobot.arguments import at_least
 from ofp_lerobot.objectives import OBJECTIVES
 
 from . import diffusion
@@ -33,10 +34,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS)
     parser.add_argument("--objectives", nargs="+", choices=[*OBJECTIVES, diffusion.NAME])
     parser.add_argument("--starts", nargs="+", choices=(BASE, "scratch"))
-    parser.add_argument("--steps", nargs="+", type=int, help="evaluations per chunk (default 1 2 10)")
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--episodes", type=int, help="evaluation episodes per task")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument(
+        "--steps", nargs="+", type=at_least(1, at_most=100), help="evaluations per chunk (default 1 2 10)"
+    )
+    parser.add_argument("--seeds", type=at_least(1))
+    parser.add_argument("--episodes", type=at_least(1), help="evaluation episodes per task")
+    parser.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="default: all cores")
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     if args.tasks == ["all"]:
@@ -45,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
         args.tasks = sorted(ENV_POLICY_MAP)
     for name in ("tasks", "conditions", "objectives", "starts", "steps"):
         if getattr(args, name):
-            budget = replace(budget, **{name: tuple(getattr(args, name))})
+            budget = replace(budget, **{name: tuple(dict.fromkeys(getattr(args, name)))})
     if budget.objectives == (diffusion.NAME,):
         parser.error("--objectives needs one besides diffusion, which only stands beside it")
     if args.seeds:
@@ -68,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             + passes
         )
     for each in report["differences"]:
-        ours = f"one step of ofp (of {each['ours'][0]}, noise times {each['ours'][1]:g})"
+        start, samples, temperature = each["ours"]
+        ours = f"one step of ofp (from {start}, of {samples}, noise times {temperature:g})"
         other = f"of {each['samples']}, noise times {each['temperature']:g}, warm start {each['warm_start']:g}"
         mean, low, high = (100 * each[key] for key in ("mean", "low", "high"))
         print(

@@ -15,7 +15,8 @@ SAMPLERS = ("ddim", "ddpm")
 
 
 def policy_config(training: Training, view: View, steps: int) -> Any:
-    """The same U-Net, optimiser steps and learning rate as `ofp_unet`; noise schedule and normalisation are its own.
+    """Network, learning rate and warm-up as of `ofp_unet`, less what the target time adds there; noise schedule and
+    normalisation are its own.
 
     It sees `view` as the environment's state. It insists on a robot's state beside that, which is a zero here.
     """
@@ -70,10 +71,17 @@ def train(
 
 
 def use_sampler(policy: Any, name: str, steps: int) -> None:
-    """Makes a `DiffusionPolicy` answer with `steps` evaluations of DDPM or DDIM, which keeps its noise schedule."""
+    """Makes a `DiffusionPolicy` answer with `steps` evaluations of DDPM or DDIM, which keeps its noise schedule.
+
+    DDIM begins at the last time of the schedule (spacing "trailing"). LeRobot leaves diffusers' "leading", whose single
+    step takes pure noise for an almost clean action.
+    """
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    scheduler = DDIMScheduler if name == "ddim" else DDPMScheduler
     diffusion = policy.diffusion
-    diffusion.noise_scheduler = scheduler.from_config(diffusion.noise_scheduler.config)
+    known = diffusion.noise_scheduler.config
+    if name == "ddim":
+        diffusion.noise_scheduler = DDIMScheduler.from_config(known, timestep_spacing="trailing")
+    else:
+        diffusion.noise_scheduler = DDPMScheduler.from_config(known, timestep_spacing="leading")
     diffusion.num_inference_steps = steps

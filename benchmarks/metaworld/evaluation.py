@@ -104,6 +104,8 @@ class DiffusionActor(Actor):
     def use(self, sampling: Sampling) -> None:
         import torch
 
+        if sampling[2:] != Sampling("", 0)[2:]:
+            raise ValueError(f"diffusion has no warm start, choice or temperature here, got {sampling}")
         diffusion.use_sampler(self.policy, sampling.sampler, sampling.steps)
         torch.manual_seed(0)  # DDPM draws more noise on the way than the caller can give it
 

@@ -115,7 +115,7 @@ def table(rows: Sequence[Row]) -> str:
 def differences(rows: Sequence[Row]) -> list[Row]:
     """One step of OFP, without a warm start, minus every other objective's rows on the same demonstrations.
 
-    ours: samples and noise temperature of OFP's; mean, low and high are of `paired_difference`.
+    ours: start, samples and noise temperature of OFP's; mean, low and high are of `paired_difference`.
     """
     found = []
     for one in rows:
@@ -128,7 +128,7 @@ def differences(rows: Sequence[Row]) -> list[Row]:
                 continue
             mean, low, high = paired_difference(one, other)
             known = {key: other[key] for key in KEYS}
-            ours = [one["samples"], one["temperature"]]
+            ours = [one["start"], one["samples"], one["temperature"]]
             found.append({"ours": ours, **known, "mean": mean, "low": low, "high": high})
     return found
 
@@ -155,8 +155,9 @@ def bars(rows: Sequence[Row]) -> list[Row]:
         other = best(flow)
         if one is not None and other is not None:
             mean, low, high = paired_difference(one, other)
-            what = f"one step{name} - best flow matching ({other['steps']} steps, noise times {other['temperature']:g})"
-            check(f"{what}, lower end", low, -0.05, mean=mean, high=high)
+            warm = ", warm start" if other["warm_start"] else ""
+            theirs = f"{other['steps']} steps, noise times {other['temperature']:g}{warm}"
+            check(f"one step{name} - best flow matching ({theirs}), lower end", low, -0.05, mean=mean, high=high)
         rival = best([row for row in answers if row["objective"] not in ("ofp", "flow_matching")])
         if one is not None and rival is not None:
             mean, low, high = paired_difference(one, rival)
@@ -185,11 +186,12 @@ def plot(report: Row, path: Path) -> None:
         for row in report["rows"]:
             drawn = row["objective"] in ("ofp", "flow_matching") or WAYS[""](row)
             if row["condition"] == condition and drawn:
-                key = (row["objective"], row["start"], row["warm_start"], row["samples"], row["temperature"])
+                name = row["sampler"] if row["objective"] == "diffusion" else row["objective"]
+                key = (name, row["start"], row["warm_start"], row["samples"], row["temperature"])
                 curves.setdefault(key, []).append(row)
-        for (objective, start, warm, samples, temperature), rows in curves.items():
+        for (name, start, warm, samples, temperature), rows in curves.items():
             rows = sorted(rows, key=lambda row: row["steps"])
-            label = objective + (" from scratch" if start == "scratch" else "") + (", warm" if warm else "")
+            label = name + (" from scratch" if start == "scratch" else "") + (", warm" if warm else "")
             label += f", densest of {samples}" if samples > 1 else ""
             label += f", noise × {temperature:g}" if temperature != 1 else ""
             success = np.array([row["success"] for row in rows])

@@ -378,20 +378,19 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
     batch = checkpoint.preprocessor(load_items(dataset, [0]))
     device = next(policy.parameters()).device
     noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
-    config = policy.config
-    before = (config.num_inference_steps, config.sampler, config.test_time_samples)
-    config.test_time_samples = 1  # as everything else that is measured here
+    before = (policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples)
+    policy.config.test_time_samples = 1  # as everything else that is measured here
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):
         for name, way in WAYS.items():
-            config.num_inference_steps, config.sampler = way
+            policy.config.num_inference_steps, policy.config.sampler = way
             synchronise(device)
             start = time.perf_counter()
             policy.predict_action_chunk(batch, noise=noise)
             synchronise(device)
             if call >= WARM_UP_CALLS:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    config.num_inference_steps, config.sampler, config.test_time_samples = before
+    policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples = before
     return {
         name: {"median": float(np.median(x)), "p95": float(np.percentile(x, 95)), "calls": calls}
         for name, x in times.items()
