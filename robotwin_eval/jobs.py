@@ -61,6 +61,8 @@ class PolicySpec:
                     object.__setattr__(spec, key, _as(kind, key, value))
         except (TypeError, ValueError) as error:
             raise UserError(f"policy {values.get('name')!r}: {error}") from error
+        if spec.temperature is not None and not 0 <= spec.temperature <= 1:
+            raise UserError(f"policy {spec.name!r}: temperature is {spec.temperature:g}, expected is 0 to 1")
         if not re.fullmatch(r"[\w.+-]+", spec.name):
             raise UserError(f"policy name {spec.name!r}: letters, digits and . + - _ only, it names files")
         return spec

@@ -288,7 +288,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--test-time-samples", type=at_least(1), help="of an `ofp` checkpoint: chunks drawn, one is answered"
     )
     parser.add_argument(
-        "--noise-temperature", type=at_least(0.0), help="of an `ofp` checkpoint: factor of the noise, at most 1"
+        "--noise-temperature", type=at_least(0.0, at_most=1.0), help="of an `ofp` checkpoint: factor of the noise"
     )
     parser.add_argument(
         "--execution-horizon", type=at_least(1), help="actions executed of a chunk (default: n_action_steps)"

@@ -403,6 +403,15 @@ def test_a_setting_out_of_range(copied, dataset, tmp_path, capsys):
     assert "num_inference_steps must be at least 1" in fails(capsys, copied, dataset, tmp_path)
 
 
+def test_how_the_checkpoint_answers_is_told_where_it_is_not_what_was_measured(copied, dataset, tmp_path, result):
+    said = "the checkpoint asks for test_time_samples=1, noise_temperature=0.5"
+    assert not any(said in limit for limit in result["limits"])
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**settings, "noise_temperature": 0.5}))
+    asked = check(copied, dataset, tmp_path)
+    assert any(said in limit for limit in asked["limits"]) and asked["normalised"] == result["normalised"]
+
+
 @pytest.mark.parametrize(
     "flags", [["x"], ["x", "--dataset=a/b", "--noises=1"], ["x", "--dataset=a", "--rename_map=no"]]
 )

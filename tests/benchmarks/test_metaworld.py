@@ -8,6 +8,7 @@ import pytest
 from benchmarks.metaworld import demonstrations as demos
 from benchmarks.metaworld import diffusion, pipeline, report, training
 from benchmarks.metaworld import evaluation as ev
+from benchmarks.metaworld.__main__ import parse
 from benchmarks.metaworld.demonstrations import Episode, Recording, View
 from recipes.quickstart.simulator import Simulator
 
@@ -129,6 +130,8 @@ def test_bars_compare_the_same_episodes():
             results.append(result("ofp", 1, [0, 1, 0, 0], seed, task, noise=0.5))
             results.append(result("flow_matching", 1, [0, 0, 0, 0], seed, task, sampler="euler"))
             results.append(result("flow_matching", 1, [1, 1, 1, 1], seed, task, sampler="euler", samples=8))
+            results.append(result("diffusion", 100, [0, 0, 0, 1], seed, task, sampler="ddpm") | {"start": "scratch"})
+            results.append(result("shortcut", 1, [0, 0, 0, 0], seed, task) | {"start": "scratch"})
             results.append(
                 result("flow_matching", 10, [1, 1, 0, 0] if seed else [1, 1, 1, 1], seed, task, sampler="euler")
             )
@@ -164,7 +167,8 @@ def test_bars_compare_the_same_episodes():
     assert told[1, 1, "flow_matching", 10, 1]["mean"] == pytest.approx(1 / 12)
     assert told[8, 1, "shortcut", 1, 8]["mean"] == 0.25 and told[8, 1, "shortcut", 1, 1]["mean"] == 0
     assert told[1, 0.5, "flow_matching", 1, 1]["mean"] == 0.25
-    assert len(told) == 3 * 5
+    assert told[1, 1, "diffusion", 100, 1]["mean"] == 0.5
+    assert len(told) == 3 * 6  # less the rival from another start
 
 
 def test_every_budget_is_consistent():
@@ -177,8 +181,25 @@ def test_every_budget_is_consistent():
     assert {(s.sampler, s.steps) for s in samplings("ofp")} == {("flow_map", 1), ("flow_map", 2), ("euler", 10)}
     assert {s.sampler for s in samplings("flow_matching")} == {"euler"}
     assert {s.steps for s in samplings("drifting")} == {1}
+    cool = {(s.sampler, s.steps) for s in samplings("flow_matching") if s.temperature < 1}
+    assert cool == {("euler", 1), ("euler", 2), ("euler", 10)}
+    assert {s.steps for s in samplings("ofp") if s.temperature < 1} == {1, 2}
     every = [(s.sampler, s.steps) for s in samplings("diffusion")]
     assert every == [("ddim", 1), ("ddim", 2), ("ddim", 10), ("ddpm", 100)]
+
+
+def test_options_are_read_once_and_in_range(capsys):
+    budget, output, _ = parse(["--steps", "1", "2", "1", "--objectives", "ofp", "diffusion"])
+    assert budget.steps == (1, 2) and budget.objectives == ("ofp", "diffusion")
+    assert output == pipeline.Path("outputs/metaworld_small")
+    for wrong, told in (
+        (["--objectives", "diffusion", "diffusion"], "--objectives needs one besides diffusion"),
+        (["--steps", "101"], "argument --steps: must be at"),
+        (["--seeds", "0"], "argument --seeds: must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+        assert told in capsys.readouterr().err
 
 
 def test_diffusion_always_starts_from_scratch(tmp_path):
@@ -234,13 +255,15 @@ def test_a_tiny_run_of_the_stages(tmp_path):
         ev.Sampling("flow_map", 1, samples=3),
         ev.Sampling("flow_map", 1, temperature=0.5),
     ]
+    plain, cool = 0, 3
     arguments = (TASK, recording, evaluation, tmp_path / "chunks.npy")
     results = [ev.measure(tmp_path / "ofp", sampling, *arguments) for sampling in samplings]
     for found in results:
         assert (
             len(found["solved"]) == 2 and np.isfinite([found["energy_distance"], found["spread"], found["jump"]]).all()
         )
-    assert ev.measure(tmp_path / "ofp", samplings[0], *arguments) == results[0]
+    assert ev.measure(tmp_path / "ofp", samplings[plain], *arguments) == results[plain]
+    assert results[cool]["spread"] < 0.8 * results[plain]["spread"]
     slow = ev.Sampling("ddim", 3)
     *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, evaluation)
     assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None

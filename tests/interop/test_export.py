@@ -333,6 +333,16 @@ def test_a_silent_branch_is_told(dataset, tokenizer, tmp_path, caplog):
         assert ("has not learnt average velocities" in caplog.text) == (not branch)
 
 
+def test_a_temperature_does_not_carry_over(trained, dataset, tokenizer, tmp_path, caplog):
+    """And the proof is of full noise."""
+    source = runs.ofp_checkpoint(tmp_path / "run", dataset, tokenizer, noise_temperature=0.5, **REAL_NAMES)
+    assert run(source, tmp_path / "out", 1, "--layout=lerobot") == 0
+    assert "noise_temperature=0.5 does not carry over" in caplog.text
+    caplog.clear()
+    assert run(trained, tmp_path / "plain", 1, "--layout=lerobot") == 0
+    assert "carry over" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "/robot", "a/../b"])
 def test_asset_ids_stay_in_their_directory(trained, tmp_path, capsys, name):
     assert export([str(trained), f"--output={tmp_path / 'out'}", "--steps=1", f"--asset-id={name}"]) == 2

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
+from ofp_lerobot.policies.ofp.model_card import describe
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import runs, small
 from tests.lerobot import hub_server
@@ -98,6 +100,18 @@ def test_model_card_says_where_the_policy_came_from_and_how_to_run_it(push):
     ):
         assert told in text, told
     assert push.commit.files["README.md"].decode() in push.hub.cards  # what the Hub was asked to validate
+
+
+def test_model_card_says_how_the_checkpoint_answers():
+    from huggingface_hub import ModelCard
+
+    for settings, said in (
+        ({}, "(`num_inference_steps`, sampler `flow_map`) |"),
+        ({"noise_temperature": 0.5}, "sampler `flow_map`), noise times 0.5 |"),
+        ({"test_time_samples": 8}, "sampler `flow_map`), of the densest of 8 samples |"),
+    ):
+        card = describe(ModelCard("---\ntags: [ofp]\n---\n"), OFPConfig(device="cpu", **settings))
+        assert said in card.text
 
 
 def test_download_honours_revision_token_and_cache_dir(push, tmp_path):

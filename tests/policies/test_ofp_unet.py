@@ -30,7 +30,7 @@ IMAGE = PolicyFeature(FeatureType.VISUAL, (3, small.SIZE, small.SIZE))
 def unet_policy(inputs=None, branch=0.0, **changes) -> OFPUnetPolicy:
     inputs = inputs or {OBS_STATE: STATE, OBS_ENV_STATE: ENVIRONMENT}
     action = {ACTION: PolicyFeature(FeatureType.ACTION, (small.ACTIONS,))}
-    settings = {**SIZES, "n_action_steps": 4, "device": "cpu", **changes}
+    settings = {**SIZES, "n_action_steps": 4, "noise_temperature": 1.0, "device": "cpu", **changes}
     policy = OFPUnetPolicy(OFPUnetConfig(input_features=inputs, output_features=action, **settings))
     if branch:
         torch.nn.init.normal_(policy.model.target_time[-1].weight, std=branch)

@@ -5,15 +5,19 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.serving.session import Runner
 from robotwin_eval import serve as serve_module
 from robotwin_eval.adapters.common import wire
 from robotwin_eval.adapters.common.client import PolicyClient, PolicyError
+from robotwin_eval.jobs import PolicySpec
 from robotwin_eval.serve import PolicyServer, camera_names
+from robotwin_eval.workers import HarnessSpec, Player
 
 from .conftest import CAMERAS, EXECUTED
 
@@ -317,3 +321,23 @@ def test_a_policy_of_another_robot_is_refused(runner, monkeypatch):
     monkeypatch.setattr(type(runner), "state_size", 7)
     with pytest.raises(UserError, match="14"):
         PolicyServer(runner, "127.0.0.1", 0)
+
+
+def test_options_and_specs_become_the_policys_settings(monkeypatch, capsys):
+    seen = []
+
+    def load(path, **settings):
+        seen.append({"path": path, **settings})
+        raise UserError("enough")
+
+    monkeypatch.setattr(Runner, "load", load)
+    flags = ["--num-inference-steps=2", "--warm-start=0.15", "--test-time-samples=8", "--noise-temperature=0.5"]
+    assert serve_module.main(["somewhere", *flags]) == 2
+    player = Player(HarnessSpec("none", {}), "cpu")
+    player._harness = SimpleNamespace(close=lambda: None)
+    with pytest.raises(UserError, match="enough"):
+        player._runner(PolicySpec("one", "somewhere", steps=2, warm_start=0.15, samples=8, temperature=0.5))
+    for settings in seen:
+        known = {"path": "somewhere", "num_inference_steps": 2, "warm_start": 0.15, "test_time_samples": 8}
+        assert known.items() <= settings.items() and settings["noise_temperature"] == 0.5
+    assert len(seen) == 2

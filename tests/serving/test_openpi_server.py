@@ -501,7 +501,17 @@ def listens(port):
     return True
 
 
-@pytest.mark.parametrize("flag", ["--port=-1", "--port=65536", f"--seed={2**63}", f"--seed={-(2**63) - 1}"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--port=-1",
+        "--port=65536",
+        "--noise-temperature=2",
+        "--noise-temperature=-1",
+        f"--seed={2**63}",
+        f"--seed={-(2**63) - 1}",
+    ],
+)
 def test_numbers_that_cannot_be_are_refused_when_parsing(capsys, flag):
     with pytest.raises(SystemExit):
         parse_arguments(["checkpoint", "--layout=libero", flag])

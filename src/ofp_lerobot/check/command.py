@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "weights": args.weights,
             "chunk_size": config.chunk_size,
             "n_action_steps": config.n_action_steps,
+            "test_time_samples": config.test_time_samples,
+            "noise_temperature": config.noise_temperature,
             "dtype": config.dtype,
             "device": device,
         },

@@ -101,6 +101,12 @@ def limits(result: dict[str, Any]) -> list[str]:
         "error though it may be none of them. Read error and spread together, then try it.",
         "Ten steps means the same weights: what training did to them shows by checking the starting checkpoint too.",
     ]
+    asked = result["checkpoint"]
+    if (asked["test_time_samples"], asked["noise_temperature"]) != (1, 1):
+        told.append(
+            f"Single answers from full noise were measured; the checkpoint asks for test_time_samples="
+            f"{asked['test_time_samples']}, noise_temperature={asked['noise_temperature']:g}."
+        )
     if result["bootstrap"]["unit"] == "frames":
         told.append("Frames of one episode are alike, so the intervals are too narrow: check 8 episodes or more.")
     if result["data"]["held_out"] is False:

@@ -55,6 +55,9 @@ def export(
         asset_id = trained_on(source) if asset_id is None else asset_id
         refuse_asset_id(asset_id)
         refuse_unsayable(config)
+    for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
+        if getattr(config, name) != plain:
+            logger.warning("%s=%s does not carry over to a plain π₀.₅", name, getattr(config, name))
     origin = Origin(checkpoint, which, steps, config.use_peft)
     # Float32, so that merging and the comparison do not round; the exported dtypes follow the values.
     config.dtype, config.compile_model, config.tokenizer_max_length = "float32", False, None

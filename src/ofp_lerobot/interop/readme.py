@@ -45,7 +45,7 @@ _LOST = """
 ## What does not carry over
 
 - Other numbers of steps. Export again for 1, 2 or 4.
-- Warm start, `sampler` and ten-step sampling: settings of the `ofp` policy.
+- Warm start, `sampler`, `test_time_samples`, `noise_temperature` and ten-step sampling: settings of the `ofp` policy.
 - Training. This checkpoint is not a flow: fine-tune the `ofp` checkpoint and export again.
 - LeRobot's guided real-time chunking: it differentiates through a sampler of many steps.
 - bfloat16 arithmetic rounds differently in every engine.

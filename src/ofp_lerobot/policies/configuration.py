@@ -23,7 +23,8 @@ class FlowMapConfig(PreTrainedConfig):
     sampler: str = "flow_map"
     # Samples drawn for each chunk in one batch over the same prefix; the one in the densest place is the answer.
     test_time_samples: int = 1
-    # Factor of the noise that a chunk starts from. Below 1 answers vary less, around each of the modes.
+    # Factor of the noise that a chunk starts from, not of a warm start's rest. Below 1 answers vary less, down to about
+    # .5 around each of the modes.
     noise_temperature: float = 1.0
     # Fraction of the last chunk's unexecuted actions in the start of the next one (0 is off, the paper's best is 0.15).
     warm_start: float = 0.0

@@ -74,8 +74,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--noise-temperature",
-        type=at_least(0.0),
-        help="of `ofp`, at most 1: factor of the noise that a chunk starts from (default: the checkpoint's)",
+        type=at_least(0.0, at_most=1.0),
+        help="of `ofp`: factor of the noise that a chunk starts from (default: the checkpoint's)",
     )
     parser.add_argument(
         "--execution-horizon",
