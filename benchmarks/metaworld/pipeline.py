@@ -63,7 +63,7 @@ BUDGETS = {
     ),
     "hours": Budget(
         conditions=("clean",),
-        objectives=("ofp", BASE, "shortcut"),
+        objectives=("ofp", BASE, "shortcut", diffusion.NAME),
         recording=Recording(episodes=150),
         training=Training(steps=2000),
         evaluation=Evaluation(side_by_side=25),
