@@ -1,4 +1,4 @@
-"""One-step policies on MetaWorld's states: demonstrations, training, evaluation, report. No GPU, no Hub.
+"""One-step policies on MetaWorld's states: demonstrations, training, evaluation, report. Needs neither GPU nor Hub.
 
 Every policy is the same U-Net on the same demonstrations of all tasks. Flow matching trains it from scratch; from there
 every objective, flow matching among them, takes the same number of steps. With `--starts scratch` an objective also
@@ -8,7 +8,7 @@ trains from scratch, for as many steps as both together, as `diffusion`, LeRobot
     python -m benchmarks.metaworld --budget day --output outputs/metaworld_day
     python -m benchmarks.metaworld --budget small --tasks reach-v3 push-v3 --objectives ofp shortcut --seeds 2
 
-A run that was stopped goes on where it was; what other settings made is made again.
+A run that was stopped goes on where it was; what other settings made is made again. A GPU is used where there is one.
 """
 
 import argparse

@@ -34,7 +34,6 @@ def policy_config(training: Training, view: View, steps: int) -> Any:
             "ENV": NormalizationMode.MEAN_STD,
             "ACTION": NormalizationMode.MIN_MAX,
         },
-        device="cpu",
         n_obs_steps=1,
         horizon=training.horizon,
         n_action_steps=training.executed,

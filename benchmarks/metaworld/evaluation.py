@@ -122,6 +122,7 @@ class DiffusionActor(Actor):
         return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
     def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
+        noise = noise.to(self.policy.config.device)
         return self._finish(self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise)).numpy(), None
 
 
@@ -222,16 +223,19 @@ def measure_latency(
     import torch
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
+    from ofp_lerobot.devices import synchronise
     from ofp_lerobot.flow_map.path import sample_chunk
 
     actor = Actor(directory)
     policy, view = actor.policy, actor.view
+    device = torch.device(policy.config.device)
     raw = np.zeros((1, 39), dtype=np.float32)
     batch = actor.prepare(raw, view.tasks[0])
     with torch.no_grad():
         prefix = policy.model.encode(*policy._prepare_observation(batch))
-    peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).eval()
-    observed = {key: torch.from_numpy(x) for key, x in diffusion.observation(view(raw, view.tasks[0])).items()}
+    peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).to(device).eval()
+    seen = diffusion.observation(view(raw, view.tasks[0]))
+    observed = {key: torch.from_numpy(x).to(device) for key, x in seen.items()}
     whole: list[list[float]] = [[] for _ in samplings]
     passes: list[list[float]] = [[] for _ in samplings]
     for call in range(evaluation.latency_calls):
@@ -242,15 +246,18 @@ def measure_latency(
                 diffusion.use_sampler(peer, sampling.sampler, sampling.steps)
                 begun = perf_counter()
                 peer.predict_action_chunk(observed)
+                synchronise(device)
                 whole[i].append(1e3 * (perf_counter() - begun))
                 continue
             actor.use(sampling)
-            noise = actor.noise([np.random.default_rng(0)])
+            noise = actor.noise([np.random.default_rng(0)]).to(device)
             begun = perf_counter()
             policy.predict_action_chunk(batch, noise=noise)
+            synchronise(device)
             between = perf_counter()
             with torch.no_grad():
                 sample_chunk(partial(policy.model, prefix), noise, steps=sampling.steps, sampler=sampling.sampler)
+            synchronise(device)
             whole[i].append(1e3 * (between - begun))
             passes[i].append(1e3 * (perf_counter() - between))
     return [

@@ -61,7 +61,6 @@ def policy_config(training: Training, view: View, objective: str, steps: int) ->
         input_features={STATE: PolicyFeature(FeatureType.STATE, (view.size,))},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
         normalization_mapping={"STATE": NormalizationMode.MEAN_STD, "ACTION": NormalizationMode.MEAN_STD},
-        device="cpu",
         horizon=training.horizon,
         n_action_steps=training.executed,
         down_dims=training.down_dims,
@@ -96,11 +95,13 @@ def fit(
     """Trains `policy` on `data` and saves it with its processors and view; counts of samples through `network`.
 
     data: tensors of a batch by name, all frames of them; stats: of its observations and actions, as LeRobot has them.
+    The device is the policy's configuration's, by LeRobot's default the best there is.
     """
     import torch
     from lerobot.policies.factory import make_pre_post_processors
 
     config = policy.config
+    policy.to(config.device)
     tensors: Any = {key: {k: torch.as_tensor(v) for k, v in value.items()} for key, value in stats.items()}
     prepare, finish = make_pre_post_processors(config, dataset_stats=tensors)
     whole = prepare({key: torch.from_numpy(value) for key, value in data.items()})
