@@ -8,7 +8,7 @@ import numpy as np
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from .demonstrations import ACTION, STATE, Array, View
-from .training import Training, fit, observed, statistics
+from .training import Training, fit, observed, shared_settings, statistics
 
 NAME = "diffusion"
 SAMPLERS = ("ddim", "ddpm")
@@ -35,15 +35,9 @@ def policy_config(training: Training, view: View, steps: int) -> Any:
             "ACTION": NormalizationMode.MIN_MAX,
         },
         n_obs_steps=1,
-        horizon=training.horizon,
-        n_action_steps=training.executed,
-        down_dims=training.down_dims,
-        kernel_size=training.kernel_size,
-        diffusion_step_embed_dim=training.time_width,
         num_train_timesteps=100,
         do_mask_loss_for_padding=True,
-        optimizer_lr=training.learning_rate,
-        scheduler_warmup_steps=min(100, steps // 10),
+        **shared_settings(training, steps),
     )
 
 

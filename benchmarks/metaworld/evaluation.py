@@ -79,9 +79,10 @@ class Actor:
         import torch
 
         config = self.policy.config
-        shape = (config.test_time_samples, config.horizon, config.max_action_dim)
+        samples = getattr(config, "test_time_samples", 1)
+        shape = (samples, config.horizon, config.action_feature.shape[0])
         drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs], axis=1)
-        return torch.from_numpy(drawn).flatten(0, 1)
+        return torch.from_numpy(drawn).flatten(0, 1).to(config.device)
 
     def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
         """Chunks (n, horizon, 4), and the unexecuted part, normalised, which is `rest` next time."""
@@ -104,7 +105,7 @@ class DiffusionActor(Actor):
     def use(self, sampling: Sampling) -> None:
         import torch
 
-        if sampling[2:] != Sampling("", 0)[2:]:
+        if sampling != Sampling(sampling.sampler, sampling.steps):
             raise ValueError(f"diffusion has no warm start, choice or temperature here, got {sampling}")
         diffusion.use_sampler(self.policy, sampling.sampler, sampling.steps)
         torch.manual_seed(0)  # DDPM draws more noise on the way than the caller can give it
@@ -115,14 +116,7 @@ class DiffusionActor(Actor):
         states = diffusion.observation(self.view(raw, task))
         return self._prepare({key: torch.from_numpy(value) for key, value in states.items()})
 
-    def noise(self, rngs: Sequence[np.random.Generator]) -> Any:
-        import torch
-
-        shape = (self.policy.config.horizon, self.policy.config.action_feature.shape[0])
-        return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
-
     def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
-        noise = noise.to(self.policy.config.device)
         return self._finish(self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise)).numpy(), None
 
 
@@ -250,7 +244,7 @@ def measure_latency(
                 whole[i].append(1e3 * (perf_counter() - begun))
                 continue
             actor.use(sampling)
-            noise = actor.noise([np.random.default_rng(0)]).to(device)
+            noise = actor.noise([np.random.default_rng(0)])
             begun = perf_counter()
             policy.predict_action_chunk(batch, noise=noise)
             synchronise(device)

@@ -8,6 +8,8 @@ import numpy as np
 
 from robotwin_eval.statistics import wilson_interval
 
+from . import diffusion
+
 KEYS = ("condition", "objective", "start", "sampler", "steps", "warm_start", "samples", "temperature")
 Row = dict[str, Any]
 # How OFP answers: a name's end, and which rows are meant.
@@ -124,7 +126,7 @@ def differences(rows: Sequence[Row]) -> list[Row]:
         for other in rows:
             if other["objective"] == "ofp" or other["condition"] != one["condition"]:
                 continue
-            if other["start"] != one["start"] and other["objective"] != "diffusion":
+            if other["start"] != one["start"] and other["objective"] != diffusion.NAME:
                 continue
             mean, low, high = paired_difference(one, other)
             known = {key: other[key] for key in KEYS}
@@ -186,7 +188,7 @@ def plot(report: Row, path: Path) -> None:
         for row in report["rows"]:
             drawn = row["objective"] in ("ofp", "flow_matching") or WAYS[""](row)
             if row["condition"] == condition and drawn:
-                name = row["sampler"] if row["objective"] == "diffusion" else row["objective"]
+                name = row["sampler"] if row["objective"] == diffusion.NAME else row["objective"]
                 key = (name, row["start"], row["warm_start"], row["samples"], row["temperature"])
                 curves.setdefault(key, []).append(row)
         for (name, start, warm, samples, temperature), rows in curves.items():

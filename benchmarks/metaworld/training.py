@@ -52,6 +52,19 @@ def statistics(data: dict[str, Array]) -> dict[str, dict[str, Any]]:
     }
 
 
+def shared_settings(training: Training, steps: int) -> dict[str, Any]:
+    """What every policy's configuration has in common: chunk, U-Net, learning rate and its warm-up."""
+    return {
+        "horizon": training.horizon,
+        "n_action_steps": training.executed,
+        "down_dims": training.down_dims,
+        "kernel_size": training.kernel_size,
+        "diffusion_step_embed_dim": training.time_width,
+        "optimizer_lr": training.learning_rate,
+        "scheduler_warmup_steps": min(100, steps // 10),
+    }
+
+
 def policy_config(training: Training, view: View, objective: str, steps: int) -> Any:
     from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 
@@ -61,16 +74,10 @@ def policy_config(training: Training, view: View, objective: str, steps: int) ->
         input_features={STATE: PolicyFeature(FeatureType.STATE, (view.size,))},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
         normalization_mapping={"STATE": NormalizationMode.MEAN_STD, "ACTION": NormalizationMode.MEAN_STD},
-        horizon=training.horizon,
-        n_action_steps=training.executed,
-        down_dims=training.down_dims,
-        kernel_size=training.kernel_size,
-        diffusion_step_embed_dim=training.time_width,
         objective=objective,
-        optimizer_lr=training.learning_rate,
-        scheduler_warmup_steps=min(100, steps // 10),
         schedule_steps=steps,
         monitor_freq=0,
+        **shared_settings(training, steps),
     )
 
 

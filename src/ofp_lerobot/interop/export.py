@@ -58,12 +58,12 @@ def export(
     for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
         if getattr(config, name) != plain:
             logger.warning("%s=%s does not carry over to a plain π₀.₅", name, getattr(config, name))
+            setattr(config, name, plain)
     origin = Origin(checkpoint, which, steps, config.use_peft)
     # Float32, so that merging and the comparison do not round; the exported dtypes follow the values.
     config.dtype, config.compile_model, config.tokenizer_max_length = "float32", False, None
     config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
     config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
-    config.test_time_samples, config.noise_temperature = 1, 1.0
     size = config.output_features[ACTION].shape[0]
     processors = read_processors(source, size, for_openpi=layout != "lerobot")
     if layout != "lerobot" and not processors.pillow:
