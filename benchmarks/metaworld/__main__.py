@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.objectives import OBJECTIVES
+from recipes.quickstart.simulator import usable_backend
 
 from . import diffusion
 from . import report as reports
@@ -39,6 +40,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     )
     parser.add_argument("--seeds", type=at_least(1))
     parser.add_argument("--episodes", type=at_least(1), help="evaluation episodes per task")
+    parser.add_argument(
+        "--image-size",
+        type=at_least(33),
+        help="policies see pictures of so many pixels and the robot's own state, not the simulator's whole state",
+    )
     parser.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="default: all cores")
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
@@ -55,12 +61,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
         budget = replace(budget, seeds=args.seeds)
     if args.episodes:
         budget = replace(budget, evaluation=replace(budget.evaluation, episodes=args.episodes))
+    if args.image_size:
+        budget = replace(budget, recording=replace(budget.recording, image_size=args.image_size))
     return budget, args.output or Path("outputs") / f"metaworld_{args.budget}", args.processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     budget, output, processes = parse(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which share the cores
+    if budget.recording.image_size:
+        os.environ["MUJOCO_GL"] = usable_backend()  # before anything imports MuJoCo
     report = Benchmark(budget, output, processes).run()
     print(reports.table(report["rows"]))
     print()

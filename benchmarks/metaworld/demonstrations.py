@@ -7,14 +7,14 @@ does, and what is recorded, is disturbed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.quickstart.simulator import ACTION_DIM, STEP_RATE, Simulator, description, expert
+from recipes.quickstart.simulator import ACTION_DIM, STATE_DIM, STEP_RATE, Simulator, description, expert
 
-ACTION, STATE = "action", "observation.state"
+ACTION, STATE, IMAGE = "action", "observation.state", "observation.image"
 RAW_DIM = 39
 CONDITIONS = ("clean", "noisy")
 # Two of each of LeRobot's four levels of difficulty, from easy to very hard.
@@ -31,6 +31,7 @@ SUBSET = (
 LEAST_STD = 1e-3  # dimensions of the raw observation that move less are left out
 
 Array = NDArray[np.float32]
+Pictures = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Recording:
     max_steps: int = 150
     noise: float = 0.15  # standard deviation of the noisy demonstrator's displacements ...
     slowest: float = 0.6  # ... and the slowest of its paces, U(slowest, 1)
+    image_size: int = 0  # pixels of a picture of every step; 0: none
 
 
 class Episode(NamedTuple):
-    """observations (steps, RAW_DIM) and actions (steps, ACTION_DIM), float32."""
+    """observations (steps, RAW_DIM) and actions (steps, ACTION_DIM), float32; images (steps, size, size, 3)."""
 
     observations: Array
     actions: Array
+    images: Pictures | None = None
 
 
 class Demonstrator:
@@ -71,15 +74,17 @@ def demonstrate(
 ) -> tuple[Episode, bool]:
     """One episode from the start `seed` draws, and whether it solved the task; with `steps` only its beginning."""
     demonstrator = Demonstrator(simulator.task, condition, recording, np.random.default_rng((seed, draw)))
-    raw, observations, actions, solved = simulator.reset(seed), [], [], False
+    raw, observations, actions, images, solved = simulator.reset(seed), [], [], [], False
     for _ in range(steps or recording.max_steps):
         observations.append(raw.astype(np.float32))
+        if recording.image_size:
+            images.append(simulator.render(recording.image_size))
         actions.append(demonstrator(raw))
         raw, done = simulator.step(actions[-1])
         solved = solved or done
         if solved and steps is None:
             break
-    return Episode(np.stack(observations), np.stack(actions)), solved
+    return Episode(np.stack(observations), np.stack(actions), np.stack(images) if images else None), solved
 
 
 def record(task: str, condition: str, recording: Recording, root: Path) -> dict[str, int]:
@@ -89,10 +94,13 @@ def record(task: str, condition: str, recording: Recording, root: Path) -> dict[
     """
     from lerobot.datasets import LeRobotDataset
 
-    features = {
+    size = recording.image_size
+    features: dict[str, dict[str, Any]] = {
         STATE: {"dtype": "float32", "shape": (RAW_DIM,), "names": [f"raw{i}" for i in range(RAW_DIM)]},
         ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": ["dx", "dy", "dz", "gripper"]},
     }
+    if size:
+        features[IMAGE] = {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     rate, prompt = STEP_RATE // recording.action_repeat, description(task)
     dataset = LeRobotDataset.create(f"local/{task}", rate, features, root=root, use_videos=False)
     simulator = Simulator(task, action_repeat=recording.action_repeat)
@@ -104,8 +112,9 @@ def record(task: str, condition: str, recording: Recording, root: Path) -> dict[
             if failures > recording.episodes:
                 raise RuntimeError(f"the {condition} demonstrator solves {task} too rarely: leave the task out")
             continue
-        for observation, action in zip(*episode, strict=True):
-            dataset.add_frame({STATE: observation, ACTION: action, "task": prompt})
+        for step, (observation, action) in enumerate(zip(episode.observations, episode.actions, strict=True)):
+            picture = {} if episode.images is None else {IMAGE: episode.images[step]}
+            dataset.add_frame({STATE: observation, ACTION: action, **picture, "task": prompt})
         dataset.save_episode()
         saved, frames = saved + 1, frames + len(episode.actions)
     dataset.finalize()
@@ -119,19 +128,25 @@ def read(roots: Sequence[tuple[str, Path]]) -> list[list[Episode]]:
     tasks = []
     for task, root in roots:
         dataset = LeRobotDataset(f"local/{task}", root=root).hf_dataset
-        columns = dataset.with_format("numpy", columns=[STATE, ACTION, "episode_index"])[:]
+        names = {STATE: np.float32, ACTION: np.float32, IMAGE: np.uint8}
+        names = {name: kind for name, kind in names.items() if name in dataset.column_names}
+        columns = dataset.with_format("numpy", columns=[*names, "episode_index"])[:]
         ends = np.flatnonzero(np.diff(columns["episode_index"])) + 1
-        states, actions = (np.split(np.stack(columns[name]).astype(np.float32), ends) for name in (STATE, ACTION))
-        tasks.append([Episode(*each) for each in zip(states, actions, strict=True)])
+        parts = (np.split(np.stack(columns[name]).astype(kind), ends) for name, kind in names.items())
+        tasks.append([Episode(*each) for each in zip(*parts, strict=True)])
     return tasks
 
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees of a raw observation: the dimensions that vary, and which of the tasks it is, one-hot."""
+    """What a policy sees of a raw observation: some dimensions, and which of the tasks it is, one-hot.
+
+    image_size: pixels of the picture that it sees beside; 0: none.
+    """
 
     dimensions: tuple[int, ...]
     tasks: tuple[str, ...]
+    image_size: int = 0
 
     @property
     def size(self) -> int:
@@ -148,6 +163,9 @@ class View:
 
 
 def view_of(tasks: Sequence[str], episodes: Sequence[Sequence[Episode]]) -> View:
-    """The view that these demonstrations call for."""
+    """The view that these demonstrations call for: what varies, or with pictures what the robot feels of itself."""
+    images = episodes[0][0].images
+    if images is not None:
+        return View(tuple(range(STATE_DIM)), tuple(tasks), images.shape[1])
     everything = np.concatenate([episode.observations for task in episodes for episode in task])
     return View(tuple(int(i) for i in np.flatnonzero(everything.std(axis=0) > LEAST_STD)), tuple(tasks))

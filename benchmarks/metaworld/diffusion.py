@@ -8,7 +8,7 @@ import numpy as np
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from .demonstrations import ACTION, STATE, Array, View
-from .training import Training, fit, observed, shared_settings, statistics
+from .training import Training, fit, observed, seen_pictures, shared_settings, statistics
 
 NAME = "diffusion"
 SAMPLERS = ("ddim", "ddpm")
@@ -27,11 +27,13 @@ def policy_config(training: Training, view: View, steps: int) -> Any:
         input_features={
             OBS_STATE: PolicyFeature(FeatureType.STATE, (1,)),
             OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (view.size,)),
+            **seen_pictures(view),
         },
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
         normalization_mapping={
             "STATE": NormalizationMode.IDENTITY,
             "ENV": NormalizationMode.MEAN_STD,
+            "VISUAL": NormalizationMode.MEAN_STD,
             "ACTION": NormalizationMode.MIN_MAX,
         },
         n_obs_steps=1,
@@ -42,7 +44,7 @@ def policy_config(training: Training, view: View, steps: int) -> Any:
 
 
 def observation(states: Array) -> dict[str, Array]:
-    """(n, size) as what the policy sees: (n, 1, size) and zeros (n, 1, 1); 1 is for the time of an observation."""
+    """States (n, size) as the policy sees them: (n, 1, size) and zeros (n, 1, 1); 1 is for an observation's time."""
     return {OBS_ENV_STATE: states[:, None], OBS_STATE: np.zeros((len(states), 1, 1), dtype=np.float32)}
 
 
@@ -57,9 +59,9 @@ def train(
     torch.manual_seed(seed)
     view, data = observed(datasets, training.horizon)
     stats = statistics(data)
-    stats = {OBS_ENV_STATE: stats[STATE], ACTION: stats[ACTION]}
+    stats[OBS_ENV_STATE] = stats.pop(STATE)
     policy = DiffusionPolicy(policy_config(training, view, steps))
-    data = {**observation(data[STATE]), ACTION: data[ACTION], "action_is_pad": data["action_is_pad"]}
+    data |= observation(data[STATE])
     return fit(policy, policy.diffusion.unet, view, data, stats, training, steps, seed, directory)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -15,8 +15,8 @@ from recipes.quickstart.evaluation import energy_distance, spread
 from recipes.quickstart.simulator import Simulator
 
 from . import diffusion
-from .demonstrations import STATE, Array, Recording, View, demonstrate
-from .training import Training
+from .demonstrations import IMAGE, STATE, Array, Pictures, Recording, View, demonstrate
+from .training import Training, as_seen
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Actor:
         torch.set_num_threads(1)
         checkpoint = directory / "checkpoint"
         view = json.loads((directory / "view.json").read_text())
-        self.view = View(tuple(view["dimensions"]), tuple(view["tasks"]))
+        self.view = View(tuple(view["dimensions"]), tuple(view["tasks"]), view["image_size"])
         self.policy = self._load(checkpoint)
         self.executed = self.policy.config.n_action_steps
         self._prepare, self._finish = make_pre_post_processors(self.policy.config, pretrained_path=str(checkpoint))
@@ -70,10 +70,17 @@ class Actor:
         config.sampler, config.num_inference_steps, config.warm_start = sampling[:3]
         config.test_time_samples, config.noise_temperature = sampling[3:]
 
-    def prepare(self, raw: Array, task: str) -> dict[str, Any]:
+    def _states(self, raw: Array, task: str) -> dict[str, Array]:
+        return {STATE: self.view(raw, task)}
+
+    def prepare(self, raw: Array, task: str, images: Pictures | None = None) -> dict[str, Any]:
+        """What the policy's processor makes of raw observations (n, 39) and of their `pictures`."""
         import torch
 
-        return self._prepare({STATE: torch.from_numpy(self.view(raw, task))})
+        seen = {key: torch.from_numpy(value) for key, value in self._states(raw, task).items()}
+        if images is not None:
+            seen[IMAGE] = as_seen(images)
+        return self._prepare(seen)
 
     def noise(self, rngs: Sequence[np.random.Generator]) -> Any:
         import torch
@@ -84,9 +91,14 @@ class Actor:
         drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs], axis=1)
         return torch.from_numpy(drawn).flatten(0, 1).to(config.device)
 
-    def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
-        """Chunks (n, horizon, 4), and the unexecuted part, normalised, which is `rest` next time."""
-        chunk = self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise, prev_chunk_left_over=rest)
+    def pictures(self, envs: Sequence[Simulator]) -> Pictures | None:
+        """(n, pixels, pixels, 3) of what the policy sees, None where it sees states only."""
+        size = self.view.image_size
+        return np.stack([env.render(size) for env in envs]) if size else None
+
+    def act(self, seen: dict[str, Any], noise: Any, rest: Any = None) -> tuple[Array, Any]:
+        """Chunks (n, horizon, 4) for what `prepare` gave, and their unexecuted part, normalised: `rest` next time."""
+        chunk = self.policy.predict_action_chunk(seen, noise=noise, prev_chunk_left_over=rest)
         return self._finish(chunk).numpy(), chunk[:, self.executed :]
 
 
@@ -110,14 +122,11 @@ class DiffusionActor(Actor):
         diffusion.use_sampler(self.policy, sampling.sampler, sampling.steps)
         torch.manual_seed(0)  # DDPM draws more noise on the way than the caller can give it
 
-    def prepare(self, raw: Array, task: str) -> dict[str, Any]:
-        import torch
+    def _states(self, raw: Array, task: str) -> dict[str, Array]:
+        return diffusion.observation(self.view(raw, task))
 
-        states = diffusion.observation(self.view(raw, task))
-        return self._prepare({key: torch.from_numpy(value) for key, value in states.items()})
-
-    def act(self, raw: Array, task: str, noise: Any, rest: Any = None) -> tuple[Array, Any]:
-        return self._finish(self.policy.predict_action_chunk(self.prepare(raw, task), noise=noise)).numpy(), None
+    def act(self, seen: dict[str, Any], noise: Any, rest: Any = None) -> tuple[Array, Any]:
+        return self._finish(self.policy.predict_action_chunk(seen, noise=noise)).numpy(), None
 
 
 def actor_of(directory: Path) -> Actor:
@@ -128,7 +137,8 @@ def actor_of(directory: Path) -> Actor:
 
 @cache
 def simulators(task: str, action_repeat: int, count: int) -> list[Simulator]:
-    return [Simulator(task, action_repeat=action_repeat) for _ in range(count)]
+    renderers: dict[int, Any] = {}
+    return [Simulator(task, action_repeat=action_repeat, renderers=renderers) for _ in range(count)]
 
 
 def roll_out(
@@ -141,7 +151,7 @@ def roll_out(
     solved, jumps, taken = [False] * len(seeds), [], 0
     executed, rest, planned = actor.executed, None, None
     while not all(solved) and taken < max_steps:
-        answers, rest = actor.act(raw, task, actor.noise(rngs), rest)
+        answers, rest = actor.act(actor.prepare(raw, task, actor.pictures(envs)), actor.noise(rngs), rest)
         if planned is not None:
             gaps = np.sqrt(np.mean((answers[:, 0] - planned) ** 2, axis=1))
             jumps += [float(gap) for gap, done in zip(gaps, solved, strict=True) if not done]
@@ -159,6 +169,7 @@ def roll_out(
 def expert_chunks(task: str, condition: str, recording: Recording, evaluation: Evaluation, horizon: int) -> Array:
     """(observations, draws, horizon, 4): how the demonstrator begins from each start."""
     (simulator,) = simulators(task, recording.action_repeat, 1)
+    recording = replace(recording, image_size=0)
     draws = evaluation.draws if condition == "noisy" else 1  # the clean expert always does the same
     return np.stack(
         [
@@ -196,7 +207,8 @@ def measure(
     for seed in range(evaluation.seed, evaluation.seed + evaluation.observations):
         start = simulator.reset(seed).astype(np.float32)
         rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
-        answers.append(actor.act(np.stack([start] * len(rngs)), task, actor.noise(rngs))[0])
+        states, images = np.stack([start] * len(rngs)), actor.pictures([simulator] * len(rngs))
+        answers.append(actor.act(actor.prepare(states, task, images), actor.noise(rngs))[0])
     own = np.stack(answers)
     return {
         "solved": [int(each) for each in solved],
@@ -224,12 +236,16 @@ def measure_latency(
     policy, view = actor.policy, actor.view
     device = torch.device(policy.config.device)
     raw = np.zeros((1, 39), dtype=np.float32)
-    batch = actor.prepare(raw, view.tasks[0])
+    size = view.image_size
+    image = np.zeros((1, size, size, 3), dtype=np.uint8) if size else None
+    batch = actor.prepare(raw, view.tasks[0], image)
     with torch.no_grad():
         prefix = policy.model.encode(*policy._prepare_observation(batch))
     peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).to(device).eval()
-    seen = diffusion.observation(view(raw, view.tasks[0]))
-    observed = {key: torch.from_numpy(x).to(device) for key, x in seen.items()}
+    seen = {key: torch.from_numpy(x) for key, x in diffusion.observation(view(raw, view.tasks[0])).items()}
+    if image is not None:
+        seen[IMAGE] = as_seen(image)
+    observed = {key: x.to(device) for key, x in seen.items()}
     whole: list[list[float]] = [[] for _ in samplings]
     passes: list[list[float]] = [[] for _ in samplings]
     for call in range(evaluation.latency_calls):

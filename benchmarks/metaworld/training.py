@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .demonstrations import ACTION, STATE, Array, Episode, View, read, view_of
+from .demonstrations import ACTION, IMAGE, STATE, Episode, Pictures, View, read, view_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Training:
     learning_rate: float = 1e-3
 
 
-def chunks(episodes: Sequence[Sequence[Episode]], view: View, horizon: int) -> dict[str, Array]:
-    """Every frame's state (n, size), the chunk of actions from there (n, horizon, 4), and which of it is padding."""
+def chunks(episodes: Sequence[Sequence[Episode]], view: View, horizon: int) -> dict[str, Any]:
+    """Every frame's state (n, size), the chunk of actions from there (n, horizon, 4), and which of it is padding.
+
+    And its picture (n, pixels, pixels, 3), where there are pictures.
+    """
     states, actions, padded = [], [], []
     for task, demonstrations in zip(view.tasks, episodes, strict=True):
         for episode in demonstrations:
@@ -40,21 +43,40 @@ def chunks(episodes: Sequence[Sequence[Episode]], view: View, horizon: int) -> d
             actions.append(episode.actions[np.minimum(index, n - 1)])
             padded.append(index >= n)
     joined = (np.concatenate(each) for each in (states, actions, padded))
-    return dict(zip((STATE, ACTION, "action_is_pad"), joined, strict=True))
+    data = dict(zip((STATE, ACTION, "action_is_pad"), joined, strict=True))
+    if view.image_size:
+        data[IMAGE] = np.concatenate([episode.images for task in episodes for episode in task])
+    return data
 
 
-def statistics(data: dict[str, Array]) -> dict[str, dict[str, Any]]:
-    """As LeRobot's datasets have them, of what the policy sees."""
+def as_seen(pictures: Pictures) -> Any:
+    """(n, pixels, pixels, 3) as LeRobot's datasets give them: a tensor (n, 3, pixels, pixels) in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def statistics(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """As LeRobot's datasets have them, of what the policy sees; of pictures from about a thousand."""
     flat = {STATE: data[STATE], ACTION: data[ACTION][:, 0]}
-    return {
+    stats = {
         key: {"mean": x.mean(axis=0), "std": x.std(axis=0), "min": x.min(axis=0), "max": x.max(axis=0)}
         for key, x in flat.items()
     }
+    if IMAGE in data:
+        some = as_seen(data[IMAGE][:: len(data[IMAGE]) // 1000 + 1])
+        each = {"dim": (0, 2, 3), "keepdim": True}
+        found = {"mean": some.mean(**each), "std": some.std(**each), "min": some.amin(**each), "max": some.amax(**each)}
+        stats[IMAGE] = {name: value[0] for name, value in found.items()}
+    return stats
 
 
 def shared_settings(training: Training, steps: int) -> dict[str, Any]:
-    """What every policy's configuration has in common: chunk, U-Net, learning rate and its warm-up."""
+    """What every policy's configuration has in common: chunk, networks, learning rate and its warm-up."""
     return {
+        # LeRobot's ResNet from scratch, as it is `ofp_unet`'s default.
+        "pretrained_backbone_weights": None,
+        "use_group_norm": True,
         "horizon": training.horizon,
         "n_action_steps": training.executed,
         "down_dims": training.down_dims,
@@ -65,15 +87,23 @@ def shared_settings(training: Training, steps: int) -> dict[str, Any]:
     }
 
 
+def seen_pictures(view: View) -> dict[str, Any]:
+    """The pictures among a policy's input features."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    size = view.image_size
+    return {IMAGE: PolicyFeature(FeatureType.VISUAL, (3, size, size))} if size else {}
+
+
 def policy_config(training: Training, view: View, objective: str, steps: int) -> Any:
     from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 
     from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 
     return OFPUnetConfig(
-        input_features={STATE: PolicyFeature(FeatureType.STATE, (view.size,))},
+        input_features={STATE: PolicyFeature(FeatureType.STATE, (view.size,)), **seen_pictures(view)},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
-        normalization_mapping={"STATE": NormalizationMode.MEAN_STD, "ACTION": NormalizationMode.MEAN_STD},
+        normalization_mapping=dict.fromkeys(("STATE", "VISUAL", "ACTION"), NormalizationMode.MEAN_STD),
         objective=objective,
         schedule_steps=steps,
         monitor_freq=0,
@@ -81,7 +111,7 @@ def policy_config(training: Training, view: View, objective: str, steps: int) ->
     )
 
 
-def observed(datasets: Sequence[tuple[str, Path]], horizon: int) -> tuple[View, dict[str, Array]]:
+def observed(datasets: Sequence[tuple[str, Path]], horizon: int) -> tuple[View, dict[str, Any]]:
     """The demonstrations as a policy sees them: their view and `chunks`."""
     episodes = read(datasets)
     view = view_of([task for task, _ in datasets], episodes)
@@ -92,7 +122,7 @@ def fit(
     policy: Any,
     network: Any,
     view: View,
-    data: dict[str, Array],
+    data: dict[str, Any],
     stats: dict[str, dict[str, Any]],
     training: Training,
     steps: int,
@@ -101,7 +131,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains `policy` on `data` and saves it with its processors and view; counts of samples through `network`.
 
-    data: tensors of a batch by name, all frames of them; stats: of its observations and actions, as LeRobot has them.
+    data: arrays of a batch by name, all frames of them; stats: of its observations and actions, as LeRobot has them.
     The device is the policy's configuration's, by LeRobot's default the best there is.
     """
     import torch
@@ -111,8 +141,6 @@ def fit(
     policy.to(config.device)
     tensors: Any = {key: {k: torch.as_tensor(v) for k, v in value.items()} for key, value in stats.items()}
     prepare, finish = make_pre_post_processors(config, dataset_stats=tensors)
-    whole = prepare({key: torch.from_numpy(value) for key, value in data.items()})
-    whole = {key: whole[key] for key in data}
 
     optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
     scheduler = config.get_scheduler_preset().build(optimizer, steps)
@@ -126,8 +154,10 @@ def fit(
     begun, loss = perf_counter(), torch.zeros(())
     policy.train()
     for _ in (bar := tqdm(range(steps), desc=f"{directory.name}", mininterval=10, leave=False)):
-        chosen = torch.from_numpy(rng.integers(len(data[ACTION]), size=training.batch_size))
-        loss, _ = policy({key: value[chosen] for key, value in whole.items()})
+        chosen = rng.integers(len(data[ACTION]), size=training.batch_size)
+        batch = {key: value[chosen] for key, value in data.items()}
+        batch = prepare({key: as_seen(x) if key == IMAGE else torch.from_numpy(x) for key, x in batch.items()})
+        loss, _ = policy({key: batch[key] for key in data})
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

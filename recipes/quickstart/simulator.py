@@ -75,8 +75,17 @@ def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
 class Simulator:
     """One MetaWorld task. Raw observations are MetaWorld's (39,); a policy sees `state_of(raw)` and `render()`."""
 
-    def __init__(self, task: str, camera: str = _TURNED_CAMERA, action_repeat: int = 1) -> None:
-        """task: MetaWorld's name, such as "window-open-v3"; action_repeat: simulator steps that execute one action."""
+    def __init__(
+        self,
+        task: str,
+        camera: str = _TURNED_CAMERA,
+        action_repeat: int = 1,
+        renderers: "dict[int, mujoco.Renderer] | None" = None,
+    ) -> None:
+        """task: MetaWorld's name, such as "window-open-v3"; action_repeat: simulator steps that execute one action.
+
+        renderers: by size; simulators of one task may share them, for each takes a second to make and 75 MB.
+        """
         import metaworld
 
         self.task, self.camera, self.action_repeat = task, camera, action_repeat
@@ -88,7 +97,7 @@ class Simulator:
         self._env.reset()
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
-        self._renderers: dict[int, mujoco.Renderer] = {}
+        self._renderers = {} if renderers is None else renderers
 
     def reset(self, seed: int) -> NDArray[np.float64]:
         """The raw observation of the start that `seed` draws."""

@@ -62,7 +62,7 @@ def test_the_clean_demonstrator_is_the_expert_and_the_noisy_one_is_slower_and_di
     clean, solved = demos.demonstrate(simulator, 3, "clean", recording)
     assert solved
     policy, raw = ENV_POLICY_MAP[TASK](), simulator.reset(3)
-    for observation, action in zip(*clean, strict=True):
+    for observation, action in zip(clean.observations, clean.actions, strict=True):
         np.testing.assert_allclose(observation, raw, atol=1e-6)
         np.testing.assert_allclose(action, np.clip(policy.get_action(raw), -1, 1), atol=1e-6)
         raw, _ = simulator.step(action)
@@ -191,10 +191,12 @@ def test_every_budget_is_consistent():
 def test_options_are_read_once_and_in_range(capsys):
     budget, output, _ = parse(["--steps", "1", "2", "1", "--objectives", "ofp", "diffusion"])
     assert budget.steps == (1, 2) and budget.objectives == ("ofp", "diffusion")
-    assert output == pipeline.Path("outputs/metaworld_small")
+    assert output == pipeline.Path("outputs/metaworld_small") and budget.recording.image_size == 0
+    assert parse(["--image-size", "64"])[0].recording.image_size == 64
     for wrong, told in (
         (["--objectives", "diffusion", "diffusion"], "--objectives needs one besides diffusion"),
         (["--steps", "101"], "argument --steps: must be at"),
+        (["--image-size", "32"], "argument --image-size: must be at least 33"),
         (["--seeds", "0"], "argument --seeds: must be at least 1"),
     ):
         with pytest.raises(SystemExit):
@@ -308,7 +310,7 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
     for sampler, steps in (("ddim", 2), ("ddpm", 100)):
         noise = torch.from_numpy(rng.normal(size=(2, 8, 4)).astype(np.float32))
         actor.use(ev.Sampling(sampler, steps))
-        own, rest = actor.act(raw, TASK, noise)
+        own, rest = actor.act(actor.prepare(raw, TASK), noise)
         assert own.shape == (2, 8, 4) and rest is None
         # The checkpoint as it was saved answers with DDPM.
         asked = DiffusionPolicy.from_pretrained(checkpoint).eval()
@@ -333,3 +335,62 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
     for sampling in (ev.Sampling("ddim", 1), ev.Sampling("ddpm", 100)):
         once = ev.measure(trained, sampling, *arguments)
         assert once == ev.measure(trained, sampling, *arguments) and np.isfinite(once["jump"])
+
+
+def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
+    """A policy of pictures sees the frame that was drawn, as LeRobot's own preparation of an environment's shows it."""
+    import torch
+    from lerobot.envs.utils import preprocess_observation
+    from lerobot.policies.factory import make_pre_post_processors
+
+    def draw(simulator, size):
+        """Stands in for OpenGL: the hand's place as colours, another one at each pixel."""
+        place = simulator._env.tcp_center
+        return (np.arange(size * size * 3).reshape(size, size, 3) + 1000 * place).astype(np.uint8)
+
+    monkeypatch.setattr(Simulator, "render", draw)
+    recording = Recording(episodes=2, image_size=40)
+    evaluation = ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7)
+    small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4)
+    datasets = [(TASK, tmp_path / "dataset")]
+    demos.record(TASK, "clean", recording, datasets[0][1])
+    view, data = training.observed(datasets, small.horizon)
+    assert (view.dimensions, view.image_size, view.size) == ((0, 1, 2, 3), 40, 4)
+    simulator = Simulator(TASK, action_repeat=2)
+    episode, _ = demos.demonstrate(simulator, 0, "clean", recording)
+    raw = simulator.reset(0)
+    for step, action in enumerate(episode.actions):
+        np.testing.assert_array_equal(data["observation.image"][step], draw(simulator, 40))
+        np.testing.assert_array_equal(data["observation.state"][step], raw[:4].astype(np.float32))
+        raw, _ = simulator.step(action)
+    pictures = data["observation.image"].astype(np.float64) / 255
+    stats = training.statistics(data)["observation.image"]
+    np.testing.assert_allclose(stats["mean"], pictures.mean(axis=(0, 1, 2))[:, None, None], atol=1e-5)
+    np.testing.assert_allclose(stats["std"], pictures.std(axis=(0, 1, 2))[:, None, None], atol=1e-4)
+
+    trained = training.train(datasets, small, "ofp", 2, 0, None, tmp_path / "ofp")
+    assert trained["samples_per_step"]["with_gradient"] >= 4
+    diffusion.train(datasets, small, 2, 0, tmp_path / "diffusion")
+    raw = np.stack([simulator.reset(seed) for seed in (3, 4)]).astype(np.float32)
+    images = np.random.default_rng(0).integers(256, size=(2, 40, 40, 3), dtype=np.uint8)
+    noise = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
+    for name, sampling in (("ofp", ev.Sampling("flow_map", 1)), ("diffusion", ev.Sampling("ddim", 2))):
+        actor = ev.actor_of(tmp_path / name)
+        actor.use(sampling)
+        own, _ = actor.act(actor.prepare(raw, TASK, images), noise)
+        seen = preprocess_observation({"pixels": images, "agent_pos": raw[:, :4]})
+        if name == "diffusion":
+            seen["observation.environment_state"] = seen["observation.state"]
+            seen["observation.state"] = torch.zeros(2, 1)
+            seen = {key: value[:, None] for key, value in seen.items()}
+        checkpoint = str(tmp_path / name / "checkpoint")
+        prepare, finish = make_pre_post_processors(actor.policy.config, pretrained_path=checkpoint)
+        stock = finish(actor.policy.predict_action_chunk(prepare(seen), noise=noise)).numpy()
+        np.testing.assert_allclose(own, stock, atol=1e-5)
+        blind, _ = actor.act(actor.prepare(raw, TASK, images[::-1].copy()), noise)
+        assert np.abs(blind - own).max() > 1e-6
+        found = ev.measure(tmp_path / name, sampling, TASK, recording, evaluation, tmp_path / "chunks.npy")
+        assert len(found["solved"]) == 2 and np.isfinite(found["energy_distance"])
+    latency = ev.measure_latency(tmp_path / "ofp", [ev.Sampling("flow_map", 1), sampling], small, evaluation)
+    assert all(each["chunk_ms"] > 0 for each in latency)

@@ -24,6 +24,7 @@ HORIZON, CAMERA = small.HORIZON, small.CAMERAS[0]
 SIZES = {"down_dims": (16, 32), "diffusion_step_embed_dim": 16, "spatial_softmax_num_keypoints": 4, "horizon": HORIZON}
 STATE = PolicyFeature(FeatureType.STATE, (small.STATES,))
 ENVIRONMENT = PolicyFeature(FeatureType.ENV, (3,))
+LARGER = (64, 64)  # so that the ResNet leaves more than one place of an image
 IMAGE = PolicyFeature(FeatureType.VISUAL, (3, small.SIZE, small.SIZE))
 
 
@@ -55,10 +56,10 @@ def unet_flags(**changes):
         "schedule_steps": 6,
         "n_action_steps": 4,
         "scheduler_warmup_steps": 1,
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()},
+        **SIZES,
         **changes,
     }
-    return [f"--policy.{name}={value}" for name, value in flags.items()]
+    return [f"--policy.{k}={list(v) if isinstance(v, tuple) else v}" for k, v in flags.items()]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_forward_derivative_of_the_network():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains_it(objective):
     inputs = {OBS_STATE: STATE, CAMERA: IMAGE}
-    policy = unet_policy(inputs, objective=objective, branch=0.2, num_noise_draws=2)
+    policy = unet_policy(inputs, objective=objective, branch=0.2, num_noise_draws=2, resize_shape=LARGER)
     policy.train()
     loss, _ = policy(batch(3), reduction="none")
     assert loss.shape == (3,)
@@ -179,15 +180,32 @@ def test_foreign_weights_are_refused(trained, tmp_path):
 
 def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
     first, second = tmp_path / "flow", tmp_path / "ofp"
-    runs.lerobot_train(*runs.train_flags(dataset, first, steps=2), *unet_flags(objective="flow_matching"))
+    flags = unet_flags(objective="flow_matching", resize_shape=LARGER)
+    runs.lerobot_train(*runs.train_flags(dataset, first, steps=2), *flags)
     start = runs.checkpoint(first, 2)
-    runs.lerobot_train(*runs.train_flags(dataset, second, steps=2), *unet_flags(), f"--policy.pretrained_path={start}")
+    flags = [*unet_flags(resize_shape=LARGER), f"--policy.pretrained_path={start}"]
+    runs.lerobot_train(*runs.train_flags(dataset, second, steps=2), *flags)
     before, after = (load_file(runs.checkpoint(path, 2) / "model.safetensors") for path in (first, second))
     assert before.keys() == after.keys() and any("encoder.cameras.1" in name for name in after)
     assert before["model.target_time.3.weight"].abs().max() == 0 < after["model.target_time.3.weight"].abs().max()
     policy = OFPUnetPolicy.from_pretrained(runs.checkpoint(second, 2))
     data = {key: torch.rand(2, 3, small.SIZE, small.SIZE) for key in small.CAMERAS}
-    assert policy.select_action({**data, OBS_STATE: torch.randn(2, small.STATES)}).shape == (2, small.ACTIONS)
+    data[OBS_STATE] = torch.randn(2, small.STATES)
+    assert policy.select_action(data).shape == (2, small.ACTIONS)
+    noise = torch.randn(2, HORIZON, small.ACTIONS)
+    answer = policy.predict_action_chunk(data, noise=noise)
+    for camera in small.CAMERAS:
+        blind = policy.predict_action_chunk({**data, camera: data[camera].flip(0)}, noise=noise)
+        assert (blind - answer).abs().amax(dim=(1, 2)).min() > 1e-5
+
+
+def test_images_too_small_to_tell_anything_are_refused():
+    inputs = {OBS_STATE: STATE, CAMERA: IMAGE}
+    with pytest.raises(ValueError, match=r"single place of images of 32 x 32 pixels.*--policy\.resize_shape"):
+        unet_policy(inputs)
+    with pytest.raises(ValueError, match="of 30 x 20 pixels"):
+        unet_policy(inputs, crop_shape=(30, 20))
+    unet_policy(inputs, resize_shape=LARGER)
 
 
 @pytest.mark.parametrize("warm", [0.0, 0.3])
