@@ -41,6 +41,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     parser.add_argument("--seeds", type=at_least(1))
     parser.add_argument("--episodes", type=at_least(1), help="evaluation episodes per task")
     parser.add_argument(
+        "--evaluation-seed",
+        type=int,
+        help="episode i starts from this seed + i (default 100000): for starts unseen so far",
+    )
+    parser.add_argument(
         "--image-size",
         type=at_least(33),
         help="policies see pictures of so many pixels and the robot's own state, not the simulator's whole state",
@@ -61,6 +66,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
         budget = replace(budget, seeds=args.seeds)
     if args.episodes:
         budget = replace(budget, evaluation=replace(budget.evaluation, episodes=args.episodes))
+    if args.evaluation_seed is not None:
+        demonstrated = budget.recording.seed + 2 * budget.recording.episodes  # at most, failures among them
+        if args.evaluation_seed < demonstrated:
+            parser.error(f"--evaluation-seed must be at least {demonstrated}, beyond the demonstrations'")
+        budget = replace(budget, evaluation=replace(budget.evaluation, seed=args.evaluation_seed))
     if args.image_size:
         budget = replace(budget, recording=replace(budget.recording, image_size=args.image_size))
     return budget, args.output or Path("outputs") / f"metaworld_{args.budget}", args.processes

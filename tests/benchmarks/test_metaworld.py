@@ -192,10 +192,12 @@ def test_options_are_read_once_and_in_range(capsys):
     budget, output, _ = parse(["--steps", "1", "2", "1", "--objectives", "ofp", "diffusion"])
     assert budget.steps == (1, 2) and budget.objectives == ("ofp", "diffusion")
     assert output == pipeline.Path("outputs/metaworld_small") and budget.recording.image_size == 0
+    assert parse(["--evaluation-seed", "200000"])[0].evaluation.seed == 200_000
     assert parse(["--image-size", "64"])[0].recording.image_size == 64
     for wrong, told in (
         (["--objectives", "diffusion", "diffusion"], "--objectives needs one besides diffusion"),
         (["--steps", "101"], "argument --steps: must be at"),
+        (["--evaluation-seed", "79"], "--evaluation-seed must be at least 80"),
         (["--image-size", "32"], "argument --image-size: must be at least 33"),
         (["--seeds", "0"], "argument --seeds: must be at least 1"),
     ):
