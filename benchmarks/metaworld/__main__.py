@@ -1,4 +1,4 @@
-"""One-step policies on MetaWorld's states: demonstrations, training, evaluation, report. Needs neither GPU nor Hub.
+"""One-step policies on MetaWorld: demonstrations, training, evaluation, report. Needs neither GPU nor Hub.
 
 Every policy is the same U-Net on the same demonstrations of all tasks. Flow matching trains it from scratch; from there
 every objective, flow matching among them, takes the same number of steps. With `--starts scratch` an objective also
@@ -9,6 +9,9 @@ trains from scratch, for as many steps as both together, as `diffusion`, LeRobot
     python -m benchmarks.metaworld --budget small --tasks reach-v3 push-v3 --objectives ofp shortcut --seeds 2
 
 A run that was stopped goes on where it was; what other settings made is made again. A GPU is used where there is one.
+
+Policies see the simulator's state. With `--image-size` they see pictures and the robot's own state instead, which takes
+OpenGL (EGL or OSMesa) and on a CPU ten times as long.
 """
 
 import argparse
@@ -30,7 +33,11 @@ from .pipeline import BASE, BUDGETS, Benchmark, Budget
 def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=list(BUDGETS), default="small")
-    parser.add_argument("--output", type=Path, help="default: outputs/metaworld_<budget>")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: outputs/metaworld_<budget>, and what of --image-size and --evaluation-seed",
+    )
     parser.add_argument("--tasks", nargs="+", help="MetaWorld's names, or `all`")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS)
     parser.add_argument("--objectives", nargs="+", choices=[*OBJECTIVES, diffusion.NAME])
@@ -47,8 +54,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     )
     parser.add_argument(
         "--image-size",
-        type=at_least(33),
-        help="policies see pictures of so many pixels and the robot's own state, not the simulator's whole state",
+        type=at_least(33, at_most=480),  # the ResNet tells nothing of less, MuJoCo's buffer has no more
+        help="policies see pictures of so many pixels (such as 96), and of the state only the robot's own",
     )
     parser.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="default: all cores")
     args = parser.parse_args(argv)
@@ -73,14 +80,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
         budget = replace(budget, evaluation=replace(budget.evaluation, seed=args.evaluation_seed))
     if args.image_size:
         budget = replace(budget, recording=replace(budget.recording, image_size=args.image_size))
-    return budget, args.output or Path("outputs") / f"metaworld_{args.budget}", args.processes
+    name = f"metaworld_{args.budget}" + (f"_{args.image_size}px" if args.image_size else "")
+    name += "" if args.evaluation_seed is None else f"_from{args.evaluation_seed}"
+    return budget, args.output or Path("outputs") / name, args.processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     budget, output, processes = parse(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which share the cores
     if budget.recording.image_size:
-        os.environ["MUJOCO_GL"] = usable_backend()  # before anything imports MuJoCo
+        os.environ["MUJOCO_GL"] = usable_backend()  # before MuJoCo draws
     report = Benchmark(budget, output, processes).run()
     print(reports.table(report["rows"]))
     print()

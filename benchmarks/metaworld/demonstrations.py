@@ -132,7 +132,7 @@ def read(roots: Sequence[tuple[str, Path]]) -> list[list[Episode]]:
         names = {name: kind for name, kind in names.items() if name in dataset.column_names}
         columns = dataset.with_format("numpy", columns=[*names, "episode_index"])[:]
         ends = np.flatnonzero(np.diff(columns["episode_index"])) + 1
-        parts = (np.split(np.stack(columns[name]).astype(kind), ends) for name, kind in names.items())
+        parts = (np.split(np.stack(columns[name]).astype(kind, copy=False), ends) for name, kind in names.items())
         tasks.append([Episode(*each) for each in zip(*parts, strict=True)])
     return tasks
 
@@ -163,9 +163,8 @@ class View:
 
 
 def view_of(tasks: Sequence[str], episodes: Sequence[Sequence[Episode]]) -> View:
-    """The view that these demonstrations call for: what varies, or with pictures what the robot feels of itself."""
+    """The view that these demonstrations call for: what varies, with pictures only of the robot's own state."""
     images = episodes[0][0].images
-    if images is not None:
-        return View(tuple(range(STATE_DIM)), tuple(tasks), images.shape[1])
-    everything = np.concatenate([episode.observations for task in episodes for episode in task])
-    return View(tuple(int(i) for i in np.flatnonzero(everything.std(axis=0) > LEAST_STD)), tuple(tasks))
+    known, size = (RAW_DIM, 0) if images is None else (STATE_DIM, images.shape[1])
+    everything = np.concatenate([episode.observations[:, :known] for task in episodes for episode in task])
+    return View(tuple(int(i) for i in np.flatnonzero(everything.std(axis=0) > LEAST_STD)), tuple(tasks), size)

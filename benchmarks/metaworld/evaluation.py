@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -135,10 +135,17 @@ def actor_of(directory: Path) -> Actor:
     return DiffusionActor(directory) if kind == diffusion.NAME else Actor(directory)
 
 
-@cache
+@lru_cache(maxsize=1)
+def _made(task: str, action_repeat: int) -> tuple[list[Simulator], dict[int, Any]]:
+    """Of the last task only: tens of MB each."""
+    return [], {}
+
+
 def simulators(task: str, action_repeat: int, count: int) -> list[Simulator]:
-    renderers: dict[int, Any] = {}
-    return [Simulator(task, action_repeat=action_repeat, renderers=renderers) for _ in range(count)]
+    made, renderers = _made(task, action_repeat)
+    while len(made) < count:
+        made.append(Simulator(task, action_repeat=action_repeat, renderers=renderers))
+    return made[:count]
 
 
 def roll_out(
@@ -148,10 +155,11 @@ def roll_out(
     envs = simulators(task, recording.action_repeat, len(seeds))
     rngs = [np.random.default_rng(seed) for seed in seeds]
     raw = np.stack([env.reset(seed) for env, seed in zip(envs, seeds, strict=True)]).astype(np.float32)
+    images = actor.pictures(envs)
     solved, jumps, taken = [False] * len(seeds), [], 0
     executed, rest, planned = actor.executed, None, None
     while not all(solved) and taken < max_steps:
-        answers, rest = actor.act(actor.prepare(raw, task, actor.pictures(envs)), actor.noise(rngs), rest)
+        answers, rest = actor.act(actor.prepare(raw, task, images), actor.noise(rngs), rest)
         if planned is not None:
             gaps = np.sqrt(np.mean((answers[:, 0] - planned) ** 2, axis=1))
             jumps += [float(gap) for gap, done in zip(gaps, solved, strict=True) if not done]
@@ -162,6 +170,8 @@ def roll_out(
                     break
                 observation, solved[i] = env.step(action)
                 raw[i] = observation
+            if images is not None and not solved[i]:
+                images[i] = env.render(actor.view.image_size)
         taken += executed
     return solved, jumps
 
@@ -207,8 +217,9 @@ def measure(
     for seed in range(evaluation.seed, evaluation.seed + evaluation.observations):
         start = simulator.reset(seed).astype(np.float32)
         rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
-        states, images = np.stack([start] * len(rngs)), actor.pictures([simulator] * len(rngs))
-        answers.append(actor.act(actor.prepare(states, task, images), actor.noise(rngs))[0])
+        picture = actor.pictures([simulator])
+        images = None if picture is None else picture.repeat(len(rngs), axis=0)
+        answers.append(actor.act(actor.prepare(np.stack([start] * len(rngs)), task, images), actor.noise(rngs))[0])
     own = np.stack(answers)
     return {
         "solved": [int(each) for each in solved],

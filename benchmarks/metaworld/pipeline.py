@@ -201,7 +201,7 @@ class Benchmark:
     def _evaluated(self) -> list[tuple[Run, str, Sampling]]:
         return [
             (run, task, sampling)
-            for run, task in product(self._policies(), self.budget.tasks)
+            for task, run in product(self.budget.tasks, self._policies())  # a worker keeps one task's simulators
             for sampling in self.samplings(run.objective or BASE)
         ]
 

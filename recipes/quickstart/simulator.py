@@ -84,7 +84,7 @@ class Simulator:
     ) -> None:
         """task: MetaWorld's name, such as "window-open-v3"; action_repeat: simulator steps that execute one action.
 
-        renderers: by size; simulators of one task may share them, for each takes a second to make and 75 MB.
+        renderers: by size; simulators of one task may share them, for one takes a second to make and tens of MB.
         """
         import metaworld
 

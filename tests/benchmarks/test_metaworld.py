@@ -193,12 +193,14 @@ def test_options_are_read_once_and_in_range(capsys):
     assert budget.steps == (1, 2) and budget.objectives == ("ofp", "diffusion")
     assert output == pipeline.Path("outputs/metaworld_small") and budget.recording.image_size == 0
     assert parse(["--evaluation-seed", "200000"])[0].evaluation.seed == 200_000
-    assert parse(["--image-size", "64"])[0].recording.image_size == 64
+    budget, output, _ = parse(["--image-size", "64", "--evaluation-seed", "200000"])
+    assert budget.recording.image_size == 64 and output == pipeline.Path("outputs/metaworld_small_64px_from200000")
     for wrong, told in (
         (["--objectives", "diffusion", "diffusion"], "--objectives needs one besides diffusion"),
         (["--steps", "101"], "argument --steps: must be at"),
         (["--evaluation-seed", "79"], "--evaluation-seed must be at least 80"),
-        (["--image-size", "32"], "argument --image-size: must be at least 33"),
+        (["--image-size", "32"], "argument --image-size: must be at"),
+        (["--image-size", "481"], "argument --image-size: must be at"),
         (["--seeds", "0"], "argument --seeds: must be at least 1"),
     ):
         with pytest.raises(SystemExit):
@@ -339,18 +341,25 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
         assert once == ev.measure(trained, sampling, *arguments) and np.isfinite(once["jump"])
 
 
+def test_a_view_with_pictures_has_what_varies_of_the_robots_own_state():
+    constant = [Episode(e.observations * (np.arange(39) != 3), e.actions) for e in episodes(6, 6)]
+    seen = [Episode(*e[:2], np.zeros((6, 40, 40, 3), np.uint8)) for e in constant]
+    assert demos.view_of(("a-v3",), [seen]) == View((0, 1, 2), ("a-v3",), 40)
+
+
+def paint(place, size):
+    """Stands in for OpenGL: the hand's place (3,) as colours, others at each pixel."""
+    pixels = np.arange(size * size * 3).reshape(size, size, 3)
+    return (pixels + np.rint(1000 * place.astype(np.float32))).astype(np.int64).astype(np.uint8)
+
+
 def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
     """A policy of pictures sees the frame that was drawn, as LeRobot's own preparation of an environment's shows it."""
     import torch
     from lerobot.envs.utils import preprocess_observation
     from lerobot.policies.factory import make_pre_post_processors
 
-    def draw(simulator, size):
-        """Stands in for OpenGL: the hand's place as colours, another one at each pixel."""
-        place = simulator._env.tcp_center
-        return (np.arange(size * size * 3).reshape(size, size, 3) + 1000 * place).astype(np.uint8)
-
-    monkeypatch.setattr(Simulator, "render", draw)
+    monkeypatch.setattr(Simulator, "render", lambda simulator, size: paint(simulator._env.get_endeff_pos(), size))
     recording = Recording(episodes=2, image_size=40)
     evaluation = ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7)
     small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4)
@@ -362,7 +371,7 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
     episode, _ = demos.demonstrate(simulator, 0, "clean", recording)
     raw = simulator.reset(0)
     for step, action in enumerate(episode.actions):
-        np.testing.assert_array_equal(data["observation.image"][step], draw(simulator, 40))
+        np.testing.assert_array_equal(data["observation.image"][step], paint(raw[:3], 40))
         np.testing.assert_array_equal(data["observation.state"][step], raw[:4].astype(np.float32))
         raw, _ = simulator.step(action)
     pictures = data["observation.image"].astype(np.float64) / 255
@@ -392,7 +401,21 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
         np.testing.assert_allclose(own, stock, atol=1e-5)
         blind, _ = actor.act(actor.prepare(raw, TASK, images[::-1].copy()), noise)
         assert np.abs(blind - own).max() > 1e-6
-        found = ev.measure(tmp_path / name, sampling, TASK, recording, evaluation, tmp_path / "chunks.npy")
+
+        # In episodes, and where the distribution is measured, it sees where the hand is.
+        asked, prepared = [], type(actor).prepare
+
+        def spy(self, raw, task, images, asked=asked, prepared=prepared):
+            asked.append((raw.copy(), images.copy()))
+            return prepared(self, raw, task, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(actor), "prepare", spy)
+            found = ev.measure(tmp_path / name, sampling, TASK, recording, evaluation, tmp_path / "chunks.npy")
         assert len(found["solved"]) == 2 and np.isfinite(found["energy_distance"])
+        assert [len(raw) for raw, _ in asked] == [2, 2, 3, 3]
+        for raws, seen in asked:
+            np.testing.assert_array_equal(seen, [paint(each[:3], 40) for each in raws])
+        assert np.ptp(asked[1][0][:, :3] - asked[0][0][:, :3]) > 1e-3
     latency = ev.measure_latency(tmp_path / "ofp", [ev.Sampling("flow_map", 1), sampling], small, evaluation)
     assert all(each["chunk_ms"] > 0 for each in latency)

@@ -201,7 +201,7 @@ def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
 
 def test_images_too_small_to_tell_anything_are_refused():
     inputs = {OBS_STATE: STATE, CAMERA: IMAGE}
-    with pytest.raises(ValueError, match=r"single place of images of 32 x 32 pixels.*--policy\.resize_shape"):
+    with pytest.raises(ValueError, match=r"images of 32 x 32 pixels.*--policy\.resize_shape"):
         unet_policy(inputs)
     with pytest.raises(ValueError, match="of 30 x 20 pixels"):
         unet_policy(inputs, crop_shape=(30, 20))

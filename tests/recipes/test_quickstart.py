@@ -1,7 +1,9 @@
 """The quickstart's parts that need no training, and its demonstrator in the simulator."""
 
 import json
+import os
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ from recipes.quickstart import evaluation, report, training
 from recipes.quickstart.demonstrations import Recording, demonstrate, disturbances
 from recipes.quickstart.evaluation import Evaluation, Sampling
 from recipes.quickstart.pipeline import BASELINES, ROWS, Settings
-from recipes.quickstart.simulator import Simulator, description, state_of
+from recipes.quickstart.simulator import Simulator, description, state_of, usable_backend
 from recipes.quickstart.stages import is_done, seconds_taken, stage
 from recipes.quickstart.tokenizer import UNKNOWN, build_tokenizer
 
@@ -211,6 +213,34 @@ def test_the_demonstrator_solves_the_task_in_both_styles(simulator):
     assert np.array_equal(left.states[0], right.states[0])
     assert left.states[8, 0] < left.states[0, 0] - 0.05 and right.states[8, 0] > right.states[0, 0] + 0.05
     assert np.abs(left.actions).max() <= 1 and left.actions.dtype == left.states.dtype == np.float32
+
+
+SHARED = """
+from recipes.quickstart.simulator import Simulator
+task, renderers = "push-v3", {}
+first, second = (Simulator(task, renderers=renderers) for _ in range(2))
+alone = Simulator(task)
+first.reset(1), second.reset(7), alone.reset(7)
+own, other, shared = alone.render(48), first.render(48), second.render(48)
+assert own.std() > 10 and (other != own).any() and len(renderers) == 1
+assert (shared == own).all()
+for simulator in (second, alone):
+    simulator.step([1.0, 1.0, -1.0, 1.0])
+assert (second.render(48) == alone.render(48)).all() and (alone.render(48) != own).any()
+"""
+
+
+def test_simulators_that_share_renderers_draw_as_each_alone():
+    pytest.importorskip("metaworld")
+    try:
+        backend = usable_backend()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    # A process of its own: MuJoCo chooses how to draw when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_noisy_episodes_are_labelled_with_the_demonstrators_action(simulator):

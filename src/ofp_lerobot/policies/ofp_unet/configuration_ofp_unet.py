@@ -9,6 +9,8 @@ from lerobot.utils.constants import ACTION
 
 from ..configuration import FlowMapConfig, within
 
+RESNET_STRIDE = 32  # pixels that are one place of its last map
+
 
 @PreTrainedConfig.register_subclass("ofp_unet")
 @dataclass
@@ -67,7 +69,10 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         )
 
     def validate_features(self) -> None:
-        """Any of the robot's state, the environment's state and images; raises ValueError where there is none."""
+        """Any of the robot's state, the environment's state and images; raises ValueError where there is none.
+
+        And for images too small to tell anything: a keypoint is a place in the ResNet's last map.
+        """
         if not (self.robot_state_feature or self.env_state_feature or self.image_features):
             raise ValueError(
                 "the policy needs observation.state, observation.environment_state or observation.images.* among its "
@@ -77,3 +82,9 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
             raise ValueError("the policy needs 'action' among its output_features")
         if self.image_features:
             super().validate_features()
+            shape = self.crop_shape or self.resize_shape or next(iter(self.image_features.values())).shape[1:]
+            if max(shape) <= RESNET_STRIDE:
+                raise ValueError(
+                    f"to the ResNet images of {shape[0]} x {shape[1]} pixels are one place, which tells nothing: "
+                    f"resize or crop them to more than {RESNET_STRIDE}, such as --policy.resize_shape='[96, 96]'"
+                )

@@ -33,25 +33,13 @@ class Prefix(NamedTuple):
 
 
 class ObservationEncoder(nn.Module):
-    """States and images to features (b, d), by LeRobot's ResNet with spatial softmax, one for each camera or shared.
-
-    Raises ValueError for images too small to tell anything.
-    """
+    """States and images to features (b, d), by LeRobot's ResNet with spatial softmax, one for each camera or shared."""
 
     def __init__(self, config: OFPUnetConfig) -> None:
         super().__init__()
         cameras = len(config.image_features)
         count = cameras if config.use_separate_rgb_encoder_per_camera else min(cameras, 1)
-        encoders = [DiffusionRgbEncoder(config) for _ in range(count)]
-        self.cameras = nn.ModuleList(encoders)
-        # A keypoint of the ResNet's last map is a place in it, and says nothing where there is only one.
-        if any(camera.pool.pos_grid.shape[0] == 1 for camera in encoders):
-            shape = config.crop_shape or config.resize_shape or next(iter(config.image_features.values())).shape[1:]
-            size = " x ".join(map(str, shape))
-            raise ValueError(
-                f"{config.vision_backbone} makes a single place of images of {size} pixels, so what they show is lost: "
-                "set --policy.resize_shape='[96, 96]', or record larger ones"
-            )
+        self.cameras = nn.ModuleList(DiffusionRgbEncoder(config) for _ in range(count))
         states = [f.shape[0] for f in (config.robot_state_feature, config.env_state_feature) if f is not None]
         self.feature_dim = sum(states) + cameras * 2 * config.spatial_softmax_num_keypoints
 
