@@ -99,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{row['sampler']:>9} {row['steps']:>4} evaluations of {row['samples']}: {row['chunk_ms']:7.2f} ms a chunk"
             + passes
         )
+    for each in report["speedups"]:
+        part = {"action_pass": "action passes", "chunk": "whole chunks"}[each["part"]]
+        print(
+            f"{each['sampler']:>9} {each['steps']:>4} evaluations / one, {part}: {each['value']:.1f} "
+            f"[{each['low']:.1f}, {each['high']:.1f}]"
+        )
     for each in report["differences"]:
         start, samples, temperature = each["ours"]
         ours = f"one step of ofp (from {start}, of {samples}, noise times {temperature:g})"

@@ -1,11 +1,11 @@
 """Closed-loop success, the chunks' distribution and jumps, and latency of trained checkpoints."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from . import diffusion
 from .demonstrations import IMAGE, STATE, Array, Pictures, Recording, View, demonstrate
 from .training import Training, as_seen
 
+TURN = 25  # evaluations of a sampling before the next one's turn, where latency is measured
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -29,7 +31,6 @@ class Evaluation:
     side_by_side: int = 10
     observations: int = 16  # starts at which the chunks' distribution is measured ...
     draws: int = 32  # ... and chunks drawn at each
-    latency_calls: int = 60
 
 
 class Sampling(NamedTuple):
@@ -230,12 +231,14 @@ def measure(
 
 
 def measure_latency(
-    directory: Path, samplings: Sequence[Sampling], training: Training, evaluation: Evaluation
-) -> list[dict[str, float | None]]:
-    """Median milliseconds of a chunk for one observation, and of its action passes alone; first calls warm up.
+    directory: Path, samplings: Sequence[Sampling], training: Training, rounds: int
+) -> list[dict[str, Any]]:
+    """Milliseconds of a chunk for one observation, and of its action passes alone.
 
-    The samplings take turns, so that all meet the same load. DDIM and DDPM are LeRobot's `diffusion` of the same
-    network with random weights, whose passes are not told apart.
+    In each round every sampling has a turn of about `TURN` evaluations, or one chunk of more, so that all meet the same
+    load. `chunk_ms` and `action_pass_ms` are medians over the rounds of a turn's mean, `chunk_rounds` and
+    `action_pass_rounds` these means, to be compared round by round. One more round, the first, warms up. DDIM and DDPM
+    are LeRobot's `diffusion` of the same network with random weights, whose passes are not told apart.
     """
     import torch
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
@@ -257,31 +260,40 @@ def measure_latency(
     if image is not None:
         seen[IMAGE] = as_seen(image)
     observed = {key: x.to(device) for key, x in seen.items()}
-    whole: list[list[float]] = [[] for _ in samplings]
-    passes: list[list[float]] = [[] for _ in samplings]
-    for call in range(evaluation.latency_calls):
-        for i, sampling in enumerate(samplings):
-            if sampling.steps >= 50 and call % 6:
-                continue
-            if sampling.sampler in diffusion.SAMPLERS:
-                diffusion.use_sampler(peer, sampling.sampler, sampling.steps)
-                begun = perf_counter()
-                peer.predict_action_chunk(observed)
-                synchronise(device)
-                whole[i].append(1e3 * (perf_counter() - begun))
-                continue
-            actor.use(sampling)
-            noise = actor.noise([np.random.default_rng(0)])
-            begun = perf_counter()
-            policy.predict_action_chunk(batch, noise=noise)
-            synchronise(device)
-            between = perf_counter()
-            with torch.no_grad():
-                sample_chunk(partial(policy.model, prefix), noise, steps=sampling.steps, sampler=sampling.sampler)
-            synchronise(device)
-            whole[i].append(1e3 * (between - begun))
-            passes[i].append(1e3 * (perf_counter() - between))
-    return [
-        {"chunk_ms": median(a[1:]), "action_pass_ms": median(b[1:]) if b else None}
-        for a, b in zip(whole, passes, strict=True)
-    ]
+
+    def milliseconds(act: Callable[[], Any]) -> float:
+        begun = perf_counter()
+        with torch.no_grad():
+            act()
+        synchronise(device)
+        return 1e3 * (perf_counter() - begun)
+
+    def turn(sampling: Sampling) -> tuple[float, float | None]:
+        """Mean of whole chunks and of their passes."""
+        calls = range(max(1, TURN // sampling.steps))
+        if sampling.sampler in diffusion.SAMPLERS:
+            diffusion.use_sampler(peer, sampling.sampler, sampling.steps)
+            return fmean(milliseconds(lambda: peer.predict_action_chunk(observed)) for _ in calls), None
+        actor.use(sampling)
+        noise = actor.noise([np.random.default_rng(0)])
+        chunk = partial(policy.predict_action_chunk, batch, noise=noise)
+        passes = partial(
+            sample_chunk, partial(policy.model, prefix), noise, steps=sampling.steps, sampler=sampling.sampler
+        )
+        whole, alone = zip(*((milliseconds(chunk), milliseconds(passes)) for _ in calls), strict=True)
+        return fmean(whole), fmean(alone)
+
+    rounds = [[turn(sampling) for sampling in samplings] for _ in range(1 + rounds)]
+    found = []
+    for turns in zip(*rounds[1:], strict=True):
+        whole = [chunk for chunk, _ in turns]
+        alone = [passes for _, passes in turns if passes is not None]
+        found.append(
+            {
+                "chunk_ms": median(whole),
+                "action_pass_ms": median(alone) if alone else None,
+                "chunk_rounds": whole,
+                "action_pass_rounds": alone,
+            }
+        )
+    return found

@@ -25,6 +25,7 @@ from .training import Training, train
 BASE, RESULT = "flow_matching", "result.json"
 WARM_START, SAMPLES, TEMPERATURE = 0.15, 8, 0.5
 LATENCY_STEPS = (1, 2, 4, 10, 100)
+LATENCY_ROUNDS, SPEEDUP_ROUNDS = 5, 40
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Benchmark:
             evaluations = [self._evaluation(*key) for key in self._evaluated()]
             self._work(workers, "evaluate", evaluations)
         # Alone on the machine, as far as this run goes.
-        self._work(None, "latency", [self._latency()])
+        self._work(None, "latency", list(self._latencies().values()))
         report = self._report()
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -213,15 +214,24 @@ class Benchmark:
         name = "_".join(map(str, sampling))
         return Job(self.output / "evaluation" / f"{run.name}_{task}" / name, settings, ev.measure, arguments)
 
-    def _latency(self) -> Job:
+    def _latencies(self) -> dict[str, Job]:
+        """Of every way to answer; and of one evaluation against a hundred with more rounds, for `reports.speedups`."""
         budget, run = self.budget, self._policies()[0]
         steps = sorted({*LATENCY_STEPS, *budget.steps})
-        samplings = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
-        samplings += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
-        samplings += self.samplings(diffusion.NAME)
-        settings = [self._training(run).settings, samplings, budget.evaluation]
-        arguments = (self._trained(run), samplings, budget.training, budget.evaluation)
-        return Job(self.output / "latency", settings, ev.measure_latency, arguments)
+        every = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
+        every += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
+        every += self.samplings(diffusion.NAME)
+        extremes = [Sampling("flow_map", 1), Sampling("euler", 100), Sampling("ddpm", 100)]
+
+        def job(name: str, samplings: list[Sampling], rounds: int) -> Job:
+            arguments = (self._trained(run), samplings, budget.training, rounds)
+            settings = [self._training(run).settings, samplings, rounds]
+            return Job(self.output / name, settings, ev.measure_latency, arguments)
+
+        return {
+            "latency": job("latency", every, LATENCY_ROUNDS),
+            "speedup": job("speedup", extremes, SPEEDUP_ROUNDS),
+        }
 
     def _report(self) -> dict[str, Any]:
         def result(job: Job) -> Any:
@@ -231,17 +241,19 @@ class Benchmark:
         for run, task, sampling in self._evaluated():
             found = result(self._evaluation(run, task, sampling))
             results.append({**run._asdict(), "task": task, **sampling._asdict(), **found})
-        latency = self._latency()
+        latency, extremes = (
+            [{**sampling._asdict(), **found} for sampling, found in zip(job.arguments[1], result(job), strict=True)]
+            for job in self._latencies().values()
+        )
+        speedups = reports.speedups(extremes)
         rows = reports.rows_of(results)
         bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)
         return {
             "rows": rows,
-            "bars": reports.bars(rows),
+            "bars": [*reports.bars(rows), reports.speed_bar(speedups)],
             "differences": reports.differences(rows),
-            "latency": [
-                {**sampling._asdict(), **found}
-                for sampling, found in zip(latency.arguments[1], result(latency), strict=True)
-            ],
+            "latency": latency,
+            "speedups": speedups,
             "training": {run.name: result(self._training(run)) for run in (*bases, *policies)},
             "demonstrations": {
                 f"{condition}/{task}": result(self._recording(condition, task))

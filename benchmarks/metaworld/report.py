@@ -1,6 +1,7 @@
 """Results of a run as rows, a table, paired differences and a plot."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -170,45 +171,88 @@ def bars(rows: Sequence[Row]) -> list[Row]:
     return checks
 
 
+def speedups(timed: Sequence[Row], resamples: int = 10_000) -> list[Row]:
+    """How many times as long as the first of `timed`, one evaluation, the others take: chunks, and action passes alone.
+
+    Of the rounds' ratios the median and, by a bootstrap over rounds, its 95 % interval.
+    """
+    one, *others = timed
+    found = []
+    for other, part in product(others, ("action_pass", "chunk")):
+        if not other[f"{part}_rounds"]:
+            continue
+        ratios = np.divide(other[f"{part}_rounds"], one[f"{part}_rounds"])
+        drawn = np.random.default_rng(0).choice(ratios, size=(resamples, len(ratios)))
+        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+        known = {"sampler": other["sampler"], "steps": other["steps"], "part": part}
+        found.append({**known, "value": float(np.median(ratios)), "low": float(low), "high": float(high)})
+    return found
+
+
+def speed_bar(found: Sequence[Row]) -> Row:
+    """Of `speedups`: the flow policy's action passes."""
+    (passes,) = (each for each in found if each["part"] == "action_pass")
+    what = f"action passes, {passes['steps']} {passes['sampler']} evaluations / one"
+    numbers = {key: passes[key] for key in ("value", "low", "high")}
+    return {"what": what, "limit": 90.0, "holds": passes["value"] > 90.0, **numbers}
+
+
 def plot(report: Row, path: Path) -> None:
     """Success with its interval against evaluations, and against milliseconds, for each condition.
 
-    Of the rivals only plain answers, so that the curves can be told apart.
+    One colour for an objective, one marker and line for a way of answering. Rivals without warm start and the densest
+    of several, so that the curves can be told apart.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     times = {(row["sampler"], row["steps"], row["samples"]): row["chunk_ms"] for row in report["latency"]}
     conditions = sorted({row["condition"] for row in report["rows"]})
-    figure = Figure(figsize=(10, 4 * len(conditions)), layout="constrained")
+    objectives = list(dict.fromkeys(row["objective"] for row in report["rows"]))
+    colours = dict(zip(objectives, colormaps["tab10"].colors, strict=False))
+    figure = Figure(figsize=(11, 5 * len(conditions)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = np.array(figure.subplots(len(conditions), 2, sharey=True)).reshape(len(conditions), 2)
     for condition, (left, right) in zip(conditions, axes, strict=True):
         curves: dict[tuple[Any, ...], list[Row]] = {}
         for row in report["rows"]:
-            drawn = row["objective"] in ("ofp", "flow_matching") or WAYS[""](row)
+            drawn = row["objective"] in ("ofp", "flow_matching") or not (row["warm_start"] or row["samples"] > 1)
             if row["condition"] == condition and drawn:
-                name = row["sampler"] if row["objective"] == diffusion.NAME else row["objective"]
-                key = (name, row["start"], row["warm_start"], row["samples"], row["temperature"])
+                key = tuple(row[k] for k in ("objective", "start", "warm_start", "samples", "temperature"))
                 curves.setdefault(key, []).append(row)
-        for (name, start, warm, samples, temperature), rows in curves.items():
+        for place, ((name, start, warm, samples, temperature), rows) in enumerate(curves.items()):
             rows = sorted(rows, key=lambda row: row["steps"])
             label = name + (" from scratch" if start == "scratch" else "") + (", warm" if warm else "")
             label += f", densest of {samples}" if samples > 1 else ""
             label += f", noise × {temperature:g}" if temperature != 1 else ""
             success = np.array([row["success"] for row in rows])
             error = np.abs(np.array([row["ci95"] for row in rows]).T - success)
-            style = {
-                "marker": "o",
+            marker, line = (
+                ("^", "--") if warm else ("s", "") if samples > 1 else ("D", ":") if temperature != 1 else ("o", "-")
+            )
+            style: Row = {
+                "fmt": marker + line,
+                "color": colours[name],
+                "alpha": 0.6 if start == "scratch" and name != diffusion.NAME else 1,
+                "markersize": 5,
                 "capsize": 2,
-                "linestyle": "--" if warm else ":" if temperature != 1 else "-",
+                "elinewidth": 0.8,
                 "label": label,
             }
-            left.errorbar([row["steps"] for row in rows], success, yerr=error, **style)
+            aside = 1.025 ** (place - len(curves) / 2)  # or the intervals hide one another
+            left.errorbar([row["steps"] * aside for row in rows], success, yerr=error, **style)
             right.errorbar(
                 [times[row["sampler"], row["steps"], row["samples"]] for row in rows], success, yerr=error, **style
             )
-        left.set(xscale="log", xlabel="evaluations per chunk", ylabel=f"success, {condition}", ylim=(0, 1.02))
+        left.set(xscale="log", xlabel="evaluations per chunk", ylabel=f"success, {condition}", ylim=(0, 1))
         right.set(xscale="log", xlabel="milliseconds per chunk")
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        steps = sorted({row["steps"] for row in report["rows"]})
+        left.set_xticks(steps, [str(k) for k in steps])
+        left.xaxis.set_minor_locator(NullLocator())
+        right.xaxis.set_major_formatter("{x:g}")
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=120)

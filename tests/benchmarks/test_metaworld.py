@@ -1,5 +1,6 @@
 """The MetaWorld benchmark: what a policy sees, trains on and is judged by, and one tiny run of its stages."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -171,6 +172,28 @@ def test_bars_compare_the_same_episodes():
     assert len(told) == 3 * 6  # less the rival from another start
 
 
+def test_speedups_are_of_the_same_rounds():
+    def timed(sampler, steps, passes, chunks):
+        return ev.Sampling(sampler, steps)._asdict() | {"action_pass_rounds": passes, "chunk_rounds": chunks}
+
+    # A load that doubles everything in every other round leaves the ratios as they are.
+    load = [1.0, 2.0] * 5
+    one = timed("flow_map", 1, load, [1.5 * each for each in load])
+    flow = timed("euler", 100, [90.5 * each for each in load], [120 * each for each in load])
+    peer = timed("ddpm", 100, [], [60.0] * 10)
+    told = report.speedups([one, flow, peer])
+    assert [(each["sampler"], each["part"]) for each in told] == [
+        ("euler", "action_pass"),
+        ("euler", "chunk"),
+        ("ddpm", "chunk"),
+    ]
+    assert [told[0][key] for key in ("low", "value", "high")] == pytest.approx([90.5] * 3)
+    assert told[1]["value"] == pytest.approx(80)
+    assert [told[2][key] for key in ("low", "value", "high")] == pytest.approx([20, 30, 40])
+    assert report.speed_bar(told)["holds"]
+    assert not report.speed_bar(report.speedups([one, {**flow, "action_pass_rounds": load}]))["holds"]
+
+
 def test_every_budget_is_consistent():
     for budget in pipeline.BUDGETS.values():
         assert {"ofp", "flow_matching"} <= set(budget.objectives)
@@ -238,7 +261,7 @@ def test_policies_from_both_starts_take_the_same_steps(tmp_path):
 def test_a_tiny_run_of_the_stages(tmp_path):
     recording, evaluation = (
         Recording(episodes=2),
-        ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7),
+        ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8),
     )
     small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4, base_steps=3, steps=2)
     dataset = tmp_path / "dataset"
@@ -271,8 +294,9 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     assert ev.measure(tmp_path / "ofp", samplings[plain], *arguments) == results[plain]
     assert results[cool]["spread"] < 0.8 * results[plain]["spread"]
     slow = ev.Sampling("ddim", 3)
-    *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, evaluation)
-    assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None
+    *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, rounds=2)
+    assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None and peer["action_pass_rounds"] == []
+    assert len(peer["chunk_rounds"]) == len(latency[0]["action_pass_rounds"]) == 2
     assert all(each["chunk_ms"] > 0 and each["action_pass_ms"] > 0 for each in latency)
     rows = report.rows_of(
         [
@@ -296,7 +320,7 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
 
     recording, evaluation = (
         Recording(episodes=2),
-        ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7),
+        ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8),
     )
     small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4)
     dataset, trained = tmp_path / "dataset", tmp_path / "diffusion"
@@ -361,7 +385,7 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Simulator, "render", lambda simulator, size: paint(simulator._env.get_endeff_pos(), size))
     recording = Recording(episodes=2, image_size=40)
-    evaluation = ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8, latency_calls=7)
+    evaluation = ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8)
     small = training.Training(down_dims=(8, 16), time_width=8, batch_size=4)
     datasets = [(TASK, tmp_path / "dataset")]
     demos.record(TASK, "clean", recording, datasets[0][1])
@@ -417,5 +441,31 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
         for raws, seen in asked:
             np.testing.assert_array_equal(seen, [paint(each[:3], 40) for each in raws])
         assert np.ptp(asked[1][0][:, :3] - asked[0][0][:, :3]) > 1e-3
-    latency = ev.measure_latency(tmp_path / "ofp", [ev.Sampling("flow_map", 1), sampling], small, evaluation)
+    latency = ev.measure_latency(tmp_path / "ofp", [ev.Sampling("flow_map", 1), sampling], small, rounds=1)
     assert all(each["chunk_ms"] > 0 for each in latency)
+
+
+def test_a_whole_run_writes_its_report_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(pipeline, "SPEEDUP_ROUNDS", 2)
+    monkeypatch.setattr(pipeline, "LATENCY_STEPS", (1, 10))
+    budget = pipeline.Budget(
+        tasks=(TASK,),
+        conditions=("clean",),
+        objectives=("ofp", "flow_matching"),
+        steps=(1,),
+        seeds=1,
+        recording=Recording(episodes=2),
+        training=training.Training(down_dims=(8, 16), time_width=8, batch_size=4, base_steps=3, steps=2),
+        evaluation=ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8),
+    )
+    first = pipeline.Benchmark(budget, tmp_path, 1).run()
+    told = {(row["objective"], row["steps"]) for row in first["rows"]}
+    assert told == {("ofp", 1), ("flow_matching", 1), ("flow_matching", 10)}  # ten with a warm start, always
+    assert all(row["episodes"] == 2 for row in first["rows"])
+    assert any("action passes" in bar["what"] for bar in first["bars"]) and len(first["speedups"]) == 3
+    assert json.loads((tmp_path / "report.json").read_text())["speedups"] == first["speedups"]
+    assert (tmp_path / "success.png").stat().st_size > 0
+    # Again: nothing is left to do, so the measured times are those of before.
+    again = pipeline.Benchmark(budget, tmp_path, 1).run()
+    assert again["latency"] == first["latency"] and again["rows"] == first["rows"]
