@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.provenance import provenance
 from ofp_lerobot.objectives import OBJECTIVES, Settings
-from recipes.quickstart.stages import is_done, seconds_taken, stage
+from recipes.quickstart.stages import is_done, made_by, seconds_taken, stage
 
 from . import diffusion
 from . import evaluation as ev
 from . import report as reports
 from .demonstrations import CONDITIONS, SUBSET, Recording, record
 from .evaluation import Evaluation, Sampling
+from .latency import PLAIN, measure_latency
 from .training import Training, train
 
 BASE, RESULT = "flow_matching", "result.json"
 WARM_START, SAMPLES, TEMPERATURE = 0.15, 8, 0.5
 LATENCY_STEPS = (1, 2, 4, 10, 100)
-LATENCY_ROUNDS, SPEEDUP_ROUNDS = 5, 40
+LATENCY_ROUNDS, SPEEDUP_ROUNDS, TURN = 5, 40, 25
 
 
 @dataclass(frozen=True)
@@ -214,24 +214,26 @@ class Benchmark:
         name = "_".join(map(str, sampling))
         return Job(self.output / "evaluation" / f"{run.name}_{task}" / name, settings, ev.measure, arguments)
 
+    def _timed(self) -> Run:
+        """The policy whose latency is measured: one that learned to answer in one step, if there is one."""
+        policies = [run for run in self._policies() if run.objective != diffusion.NAME]
+        return next((run for run in policies if run.objective == "ofp"), policies[0])
+
     def _latencies(self) -> dict[str, Job]:
         """Of every way to answer; and of one evaluation against a hundred with more rounds, for `reports.speedups`."""
-        budget, run = self.budget, self._policies()[0]
+        budget, run = self.budget, self._timed()
         steps = sorted({*LATENCY_STEPS, *budget.steps})
         every = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
         every += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
         every += self.samplings(diffusion.NAME)
-        extremes = [Sampling("flow_map", 1), Sampling("euler", 100), Sampling("ddpm", 100)]
+        extremes = [Sampling("flow_map", 1), *(Sampling(name, 100) for name in (PLAIN, "euler", "ddpm"))]
 
         def job(name: str, samplings: list[Sampling], rounds: int) -> Job:
-            arguments = (self._trained(run), samplings, budget.training, rounds)
-            settings = [self._training(run).settings, samplings, rounds]
-            return Job(self.output / name, settings, ev.measure_latency, arguments)
+            arguments = (self._trained(run), samplings, budget.training, rounds, TURN)
+            settings = [self._training(run).settings, samplings, rounds, TURN]
+            return Job(self.output / name, settings, measure_latency, arguments)
 
-        return {
-            "latency": job("latency", every, LATENCY_ROUNDS),
-            "speedup": job("speedup", extremes, SPEEDUP_ROUNDS),
-        }
+        return {"latency": job("latency", every, LATENCY_ROUNDS), "speedup": job("speedup", extremes, SPEEDUP_ROUNDS)}
 
     def _report(self) -> dict[str, Any]:
         def result(job: Job) -> Any:
@@ -241,28 +243,29 @@ class Benchmark:
         for run, task, sampling in self._evaluated():
             found = result(self._evaluation(run, task, sampling))
             results.append({**run._asdict(), "task": task, **sampling._asdict(), **found})
-        latency, extremes = (
-            [{**sampling._asdict(), **found} for sampling, found in zip(job.arguments[1], result(job), strict=True)]
-            for job in self._latencies().values()
-        )
-        speedups = reports.speedups(extremes)
+        latency = {
+            name: [
+                {**sampling._asdict(), **found} for sampling, found in zip(job.arguments[1], result(job), strict=True)
+            ]
+            for name, job in self._latencies().items()
+        }
+        speedups = reports.speedups(latency["speedup"])
         rows = reports.rows_of(results)
+        finished = [path.parent for path in sorted(self.output.glob("**/stamp.json"))]
         bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)
         return {
             "rows": rows,
             "bars": [*reports.bars(rows), reports.speed_bar(speedups)],
             "differences": reports.differences(rows),
-            "latency": latency,
+            "latency": latency["latency"],
             "speedups": speedups,
+            "timed": self._timed().name,
             "training": {run.name: result(self._training(run)) for run in (*bases, *policies)},
             "demonstrations": {
                 f"{condition}/{task}": result(self._recording(condition, task))
                 for condition, task in product(budget.conditions, budget.tasks)
             },
-            "seconds": {
-                str(path.parent.relative_to(self.output)): seconds_taken(path.parent)
-                for path in sorted(self.output.glob("**/stamp.json"))
-            },
+            "seconds": {str(each.relative_to(self.output)): seconds_taken(each) for each in finished},
             "settings": asdict(budget),
-            **provenance(),
+            **made_by(finished),
         }

@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from benchmarks.metaworld import demonstrations as demos
-from benchmarks.metaworld import diffusion, pipeline, report, training
+from benchmarks.metaworld import diffusion, latency, pipeline, report, training
 from benchmarks.metaworld import evaluation as ev
-from benchmarks.metaworld.__main__ import parse
+from benchmarks.metaworld.__main__ import main, parse
 from benchmarks.metaworld.demonstrations import Episode, Recording, View
 from recipes.quickstart.simulator import Simulator
 
@@ -172,6 +173,32 @@ def test_bars_compare_the_same_episodes():
     assert len(told) == 3 * 6  # less the rival from another start
 
 
+def test_turns_count_as_many_evaluations_and_no_warm_up():
+    """A clock that gives every call its own time, under a load that doubles in the last round."""
+    calls, used = [], []
+
+    def way(name, steps, *parts):
+        return latency.Way(steps, lambda: used.append(name), {part: partial(tuple, (name, part)) for part in parts})
+
+    def clock(act):
+        calls.append(act())
+        name, part = calls[-1]
+        load = {1: 1000.0, 2: 1.0, 3: 2.0}[used.count("one")]
+        return load * (calls.count(calls[-1]) % 2 + (10 if name == "one" else 1000) + (1 if part == "chunk" else 0))
+
+    one, many, peer = latency.take_turns(
+        [way("one", 1, "chunk", "action_pass"), way("many", 100, "action_pass"), way("peer", 6, "chunk")], clock, 2, 25
+    )
+    assert [calls.count(each) for each in (("one", "chunk"), ("many", "action_pass"), ("peer", "chunk"))] == [75, 3, 12]
+    assert used == ["one", "many", "peer"] * 3
+    # Calls 26 to 50 and 51 to 75 of one evaluation, of which every other one takes 1 more.
+    assert one["action_pass_rounds"] == pytest.approx([10 + 12 / 25, 2 * (10 + 13 / 25)])
+    assert one["chunk_rounds"] == pytest.approx([11 + 12 / 25, 2 * (11 + 13 / 25)])
+    assert one["chunk_ms"] == pytest.approx(np.mean(one["chunk_rounds"]))
+    assert many["action_pass_rounds"] == [1000, 2002] and many["chunk_ms"] is None and many["chunk_rounds"] == []
+    assert peer["action_pass_ms"] is None and len(peer["chunk_rounds"]) == 2
+
+
 def test_speedups_are_of_the_same_rounds():
     def timed(sampler, steps, passes, chunks):
         return ev.Sampling(sampler, steps)._asdict() | {"action_pass_rounds": passes, "chunk_rounds": chunks}
@@ -179,19 +206,21 @@ def test_speedups_are_of_the_same_rounds():
     # A load that doubles everything in every other round leaves the ratios as they are.
     load = [1.0, 2.0] * 5
     one = timed("flow_map", 1, load, [1.5 * each for each in load])
-    flow = timed("euler", 100, [90.5 * each for each in load], [120 * each for each in load])
+    plain = timed(latency.PLAIN, 100, [88 * each for each in load], [])
     peer = timed("ddpm", 100, [], [60.0] * 10)
-    told = report.speedups([one, flow, peer])
-    assert [(each["sampler"], each["part"]) for each in told] == [
-        ("euler", "action_pass"),
-        ("euler", "chunk"),
-        ("ddpm", "chunk"),
-    ]
-    assert [told[0][key] for key in ("low", "value", "high")] == pytest.approx([90.5] * 3)
-    assert told[1]["value"] == pytest.approx(80)
-    assert [told[2][key] for key in ("low", "value", "high")] == pytest.approx([20, 30, 40])
-    assert report.speed_bar(told)["holds"]
-    assert not report.speed_bar(report.speedups([one, {**flow, "action_pass_rounds": load}]))["holds"]
+
+    def told(factor):
+        flow = timed("euler", 100, [factor * each for each in load], [120 * each for each in load])
+        return report.speedups([plain, one, flow, peer])
+
+    bare, passes, chunks, stock = told(90.5)
+    assert [passes["sampler"], passes["part"], chunks["part"], stock["part"]] == ["euler", "action_pass"] + [
+        "chunk"
+    ] * 2
+    assert [passes[key] for key in ("low", "value", "high")] == pytest.approx([90.5] * 3)
+    assert bare["value"] == pytest.approx(88) and chunks["value"] == pytest.approx(80)
+    assert [stock[key] for key in ("low", "value", "high")] == pytest.approx([20, 30, 40])
+    assert [report.speed_bar(told(factor))["holds"] for factor in (90.5, 90.0, 89.9)] == [True, True, False]
 
 
 def test_every_budget_is_consistent():
@@ -294,10 +323,12 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     assert ev.measure(tmp_path / "ofp", samplings[plain], *arguments) == results[plain]
     assert results[cool]["spread"] < 0.8 * results[plain]["spread"]
     slow = ev.Sampling("ddim", 3)
-    *latency, peer = ev.measure_latency(tmp_path / "ofp", [*samplings, slow], small, rounds=2)
+    plain = ev.Sampling(latency.PLAIN, 2)
+    *times, flow, peer = latency.measure_latency(tmp_path / "ofp", [*samplings, plain, slow], small, rounds=2, turn=3)
     assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None and peer["action_pass_rounds"] == []
-    assert len(peer["chunk_rounds"]) == len(latency[0]["action_pass_rounds"]) == 2
-    assert all(each["chunk_ms"] > 0 and each["action_pass_ms"] > 0 for each in latency)
+    assert flow["action_pass_ms"] > 0 and flow["chunk_ms"] is None
+    assert len(peer["chunk_rounds"]) == len(times[0]["action_pass_rounds"]) == 2
+    assert all(each["chunk_ms"] > 0 and each["action_pass_ms"] > 0 for each in times)
     rows = report.rows_of(
         [
             {"condition": "clean", "objective": "ofp", "start": "flow_matching", "seed": 0, "task": TASK}
@@ -306,7 +337,7 @@ def test_a_tiny_run_of_the_stages(tmp_path):
             for sampling, found in zip(samplings, results, strict=True)
         ]
     )
-    times = [{**sampling._asdict(), **each} for sampling, each in zip(samplings, latency, strict=True)]
+    times = [{**sampling._asdict(), **each} for sampling, each in zip(samplings, times, strict=True)]
     report.plot({"rows": rows, "latency": times}, tmp_path / "success.png")
     assert (tmp_path / "success.png").stat().st_size > 0
 
@@ -441,31 +472,40 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
         for raws, seen in asked:
             np.testing.assert_array_equal(seen, [paint(each[:3], 40) for each in raws])
         assert np.ptp(asked[1][0][:, :3] - asked[0][0][:, :3]) > 1e-3
-    latency = ev.measure_latency(tmp_path / "ofp", [ev.Sampling("flow_map", 1), sampling], small, rounds=1)
-    assert all(each["chunk_ms"] > 0 for each in latency)
+    samplings = [ev.Sampling("flow_map", 1), sampling]
+    times = latency.measure_latency(tmp_path / "ofp", samplings, small, rounds=1, turn=1)
+    assert all(each["chunk_ms"] > 0 for each in times)
 
 
-def test_a_whole_run_writes_its_report_once(tmp_path, monkeypatch):
+def test_the_command_does_everything_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "LATENCY_ROUNDS", 1)
     monkeypatch.setattr(pipeline, "SPEEDUP_ROUNDS", 2)
     monkeypatch.setattr(pipeline, "LATENCY_STEPS", (1, 10))
-    budget = pipeline.Budget(
-        tasks=(TASK,),
-        conditions=("clean",),
-        objectives=("ofp", "flow_matching"),
-        steps=(1,),
-        seeds=1,
-        recording=Recording(episodes=2),
-        training=training.Training(down_dims=(8, 16), time_width=8, batch_size=4, base_steps=3, steps=2),
-        evaluation=ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8),
+    monkeypatch.setitem(
+        pipeline.BUDGETS,
+        "minutes",
+        pipeline.Budget(
+            tasks=(TASK,),
+            conditions=("clean",),
+            objectives=("flow_matching", "ofp"),
+            steps=(1,),
+            seeds=1,
+            recording=Recording(episodes=2),
+            training=training.Training(down_dims=(8, 16), time_width=8, batch_size=4, base_steps=3, steps=2),
+            evaluation=ev.Evaluation(episodes=2, observations=2, draws=3, max_steps=8),
+        ),
     )
-    first = pipeline.Benchmark(budget, tmp_path, 1).run()
-    told = {(row["objective"], row["steps"]) for row in first["rows"]}
-    assert told == {("ofp", 1), ("flow_matching", 1), ("flow_matching", 10)}  # ten with a warm start, always
-    assert all(row["episodes"] == 2 for row in first["rows"])
-    assert any("action passes" in bar["what"] for bar in first["bars"]) and len(first["speedups"]) == 3
-    assert json.loads((tmp_path / "report.json").read_text())["speedups"] == first["speedups"]
-    assert (tmp_path / "success.png").stat().st_size > 0
-    # Again: nothing is left to do, so the measured times are those of before.
-    again = pipeline.Benchmark(budget, tmp_path, 1).run()
-    assert again["latency"] == first["latency"] and again["rows"] == first["rows"]
+
+    def run():
+        main(["--budget", "minutes", "--output", str(tmp_path), "--processes", "1"])
+        return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+
+    first, told = run()
+    rows = {(row["objective"], row["steps"]) for row in first["rows"]}
+    assert rows == {("ofp", 1), ("flow_matching", 1), ("flow_matching", 10)}  # ten with a warm start, always
+    assert all(row["episodes"] == 2 for row in first["rows"]) and first["timed"] == "clean_0_ofp"
+    assert report.table(first["rows"]) in told and "action passes of the flow policy's 100 evaluations / of one" in told
+    assert len(first["speedups"]) == 4 and (tmp_path / "success.png").stat().st_size > 0
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/stamp.json")}
+    again, _ = run()
+    assert again == first and {path: path.stat().st_mtime_ns for path in stamps} == stamps

@@ -17,6 +17,7 @@ from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
+from ofp_lerobot.policies.ofp_unet.network import SinusoidalEmbedding
 from tests import runs, small
 from tests.flow_map.test_selection import by_hand
 
@@ -107,6 +108,11 @@ def test_velocity_is_lerobots_unet_with_the_gap_beside_the_observation():
         torch.testing.assert_close(network(prefix, x, t, r, keep, row), expected(seen), **same)
         with pytest.raises(ValueError, match="cannot share 2 observations evenly"):
             network(prefix, x[:3], t[:3], r[:3])
+
+
+def test_the_embedding_of_the_target_time_is_lerobots_to_the_bit():
+    gaps = 100 * torch.rand(50, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(SinusoidalEmbedding(64)(gaps), DiffusionSinusoidalPosEmb(64)(gaps))
 
 
 def test_the_branch_starts_silent_and_flow_matching_leaves_it_so():

@@ -1,0 +1,110 @@
+"""Milliseconds of a chunk for one observation, and of its action passes alone."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import diffusion
+from .demonstrations import IMAGE
+from .evaluation import Actor, Sampling
+from .training import Training, as_seen
+
+PLAIN = "plain_euler"  # a sampler: Euler's steps of a flow policy that knows no target time
+PARTS = ("chunk", "action_pass")
+Act = Callable[[], Any]
+
+
+class Way(NamedTuple):
+    """To answer with so many evaluations: `use` makes ready, untimed; `acts` do one of `PARTS` each."""
+
+    steps: int
+    use: Act
+    acts: dict[str, Act]
+
+
+def measure_latency(
+    directory: Path, samplings: Sequence[Sampling], training: Training, rounds: int, turn: int
+) -> list[dict[str, Any]]:
+    """Of the policy in `directory`, answering in each of `samplings`.
+
+    DDIM and DDPM are LeRobot's `diffusion`, whose passes are not told apart, and `PLAIN` is the policy's own U-Net
+    without the target time, of which only the passes are timed; both have random weights.
+    """
+    import torch
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUnet1d, DiffusionPolicy
+
+    from ofp_lerobot.devices import synchronise
+    from ofp_lerobot.flow_map.path import sample_chunk
+    from ofp_lerobot.policies.ofp_unet.network import TIME_SCALE
+
+    actor = Actor(directory)
+    policy, view = actor.policy, actor.view
+    device = torch.device(policy.config.device)
+    raw = np.zeros((1, 39), dtype=np.float32)
+    size = view.image_size
+    image = np.zeros((1, size, size, 3), dtype=np.uint8) if size else None
+    batch = actor.prepare(raw, view.tasks[0], image)
+    with torch.no_grad():
+        prefix = policy.model.encode(*policy._prepare_observation(batch))
+    peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).to(device).eval()
+    seen = {key: torch.from_numpy(x) for key, x in diffusion.observation(view(raw, view.tasks[0])).items()}
+    if image is not None:
+        seen[IMAGE] = as_seen(image)
+    observed = {key: x.to(device) for key, x in seen.items()}
+    width = policy.model.encoder.feature_dim
+    plain = DiffusionConditionalUnet1d(policy.config, global_cond_dim=width).to(device).eval()
+
+    def flow(x: Any, t: Any, r: Any) -> Any:
+        return plain(x, TIME_SCALE * t, prefix.features)
+
+    def way(sampling: Sampling) -> Way:
+        steps, sampler = sampling.steps, sampling.sampler
+        if sampler in diffusion.SAMPLERS:
+            chunk = partial(peer.predict_action_chunk, observed)
+            return Way(steps, partial(diffusion.use_sampler, peer, sampler, steps), {"chunk": chunk})
+        use = partial(actor.use, sampling._replace(sampler="euler") if sampler == PLAIN else sampling)
+        use()
+        noise = actor.noise([np.random.default_rng(0)])
+        if sampler == PLAIN:
+            return Way(steps, use, {"action_pass": partial(sample_chunk, flow, noise, steps=steps, sampler="euler")})
+        chunk = partial(policy.predict_action_chunk, batch, noise=noise)
+        passes = partial(sample_chunk, partial(policy.model, prefix), noise, steps=steps, sampler=sampler)
+        return Way(steps, use, {"chunk": chunk, "action_pass": passes})
+
+    def milliseconds(act: Act) -> float:
+        begun = perf_counter()
+        with torch.no_grad():
+            act()
+        synchronise(device)
+        return 1e3 * (perf_counter() - begun)
+
+    return take_turns([way(sampling) for sampling in samplings], milliseconds, rounds, turn)
+
+
+def take_turns(
+    ways: Sequence[Way], milliseconds: Callable[[Act], float], rounds: int, turn: int
+) -> list[dict[str, Any]]:
+    """For each way, of the parts it has, `<part>_rounds`, means over its turns, and `<part>_ms`, their median.
+
+    In each round each way has a turn of about `turn` evaluations, or one chunk of more, so that all meet the same load
+    and can be compared round by round. One more round, the first, warms up.
+    """
+    found: list[dict[str, list[float]]] = [{part: [] for part in PARTS} for _ in ways]
+    for counted in range(1 + rounds):
+        for way, parts in zip(ways, found, strict=True):
+            way.use()
+            calls = [
+                {part: milliseconds(act) for part, act in way.acts.items()} for _ in range(max(1, turn // way.steps))
+            ]
+            for part in way.acts if counted else ():
+                parts[part].append(fmean(call[part] for call in calls))
+    return [
+        {f"{part}_ms": median(means) if means else None for part, means in parts.items()}
+        | {f"{part}_rounds": means for part, means in parts.items()}
+        for parts in found
+    ]
