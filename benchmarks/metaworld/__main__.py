@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for check in report["bars"]:
         held = "PASS" if check["holds"] else "MISS"
-        interval = f" [{check['low']:.3f}, {check['high']:.3f}]" if "low" in check else ""
-        print(f"{held}  {check['what']}: {check['value']:.3f}{interval} (limit {check['limit']:g})")
+        interval = f"{check.get('mean', check['value']):.3f} [{check['low']:.3f}, {check['high']:.3f}]"
+        print(f"{held}  {check['what']}: {interval} (limit {check['limit']:g})")
     print(f"{output}/report.json, {output}/success.png")
 
 

@@ -162,6 +162,10 @@ def test_bars_compare_the_same_episodes():
     # Less noise: no rival of its own was run.
     assert checks[f"one step, less noise - {best}"]["mean"] == pytest.approx(1 / 4 - 2 / 3)
     assert len(checks) == 3 + 2 + 1
+    noisy = {check["what"] for check in report.bars(rows + [row | {"condition": "noisy"} for row in rows])} - set(
+        checks
+    )
+    assert len(noisy) == len(checks) and f"one step, less noise, noisy - {best}" in noisy
     told = {
         (*each["ours"][1:], each["objective"], each["steps"], each["samples"]): each
         for each in report.differences(rows)
