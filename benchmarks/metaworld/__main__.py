@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for check in report["bars"]:
         held = "PASS" if check["holds"] else "MISS"
         interval = f"{check.get('mean', check['value']):.3f} [{check['low']:.3f}, {check['high']:.3f}]"
-        print(f"{held}  {check['what']}: {interval} (limit {check['limit']:g})")
+        seeds = ", ".join(f"{each:.3f}" for each in check.get("seeds", ()))
+        print(f"{held}  {check['what']}: {interval} (limit {check['limit']:g})" + (f", seeds {seeds}" if seeds else ""))
     print(f"{output}/report.json, {output}/success.png")
 
 

@@ -76,6 +76,16 @@ def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, f
     return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
 
 
+def seed_differences(a: Row, b: Row) -> list[float]:
+    """Mean of success(a) − success(b) with each training seed, whose tasks count alike."""
+    seeds: dict[str, list[float]] = {}
+    for key in a["solved"]:
+        if key in b["solved"]:
+            seed = key.partition("/")[0]
+            seeds.setdefault(seed, []).append(float(np.mean(np.subtract(a["solved"][key], b["solved"][key]))))
+    return [float(np.mean(tasks)) for tasks in seeds.values()]
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     names = (
@@ -152,7 +162,10 @@ def bars(rows: Sequence[Row]) -> list[Row]:
         if a is None or b is None:
             return
         found = dict(zip(("mean", "low", "high"), paired_difference(a, b), strict=True))
-        checks.append({"what": what, "value": found[of], "limit": limit, "holds": found[of] > limit, **found})
+        seeds = seed_differences(a, b)
+        checks.append(
+            {"what": what, "value": found[of], "limit": limit, "holds": found[of] > limit, **found, "seeds": seeds}
+        )
 
     for condition, (name, way) in product(dict.fromkeys(row["condition"] for row in rows), WAYS.items()):
         met = [row for row in rows if row["condition"] == condition]

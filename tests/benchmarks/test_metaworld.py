@@ -153,6 +153,7 @@ def test_bars_compare_the_same_episodes():
     checks = {check["what"]: check for check in report.bars(rows)}
     best = "best flow matching (10 steps, noise times 1), lower end"
     assert checks[f"one step - {best}"]["mean"] == pytest.approx(1 / 12)
+    assert checks[f"one step - {best}"]["seeds"] == pytest.approx([-1 / 4, 1 / 4, 1 / 4])
     rival = checks["one step - best rival's (shortcut)"]
     assert rival["value"] == -0.25 and not rival["holds"]
     # Several samples: ours against single answers of flow matching, and against the rival's several.
