@@ -11,14 +11,13 @@ import torch
 PACKAGES = ("lerobot_policy_ofp", "lerobot", "torch", "transformers", "metaworld", "mujoco", "numpy")
 
 
-def provenance(device: str | None = None) -> dict[str, Any]:
-    """Versions, machine and commit. `device`: what is used of the machine; None is the GPU where there is one."""
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Versions, machine and commit."""
     commit = _git("rev-parse", "HEAD")
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": platform.platform(),
-        "accelerator": torch.cuda.get_device_name() if on_gpu else None,
+        "accelerator": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
     }

@@ -1,12 +1,10 @@
-"""Closed-loop success, the chunks' distribution and jumps, and latency of trained checkpoints."""
+"""Closed-loop success, and the chunks' distribution and jumps, of trained checkpoints."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +14,7 @@ from recipes.quickstart.simulator import Simulator
 
 from . import diffusion
 from .demonstrations import IMAGE, STATE, Array, Pictures, Recording, View, demonstrate
-from .training import Training, as_seen
-
-TURN = 25  # evaluations of a sampling before the next one's turn, where latency is measured
+from .training import as_seen
 
 
 @dataclass(frozen=True)
@@ -228,72 +224,3 @@ def measure(
         "spread": spread(own),
         "jump": float(np.mean(jumps)) if jumps else None,
     }
-
-
-def measure_latency(
-    directory: Path, samplings: Sequence[Sampling], training: Training, rounds: int
-) -> list[dict[str, Any]]:
-    """Milliseconds of a chunk for one observation, and of its action passes alone.
-
-    In each round every sampling has a turn of about `TURN` evaluations, or one chunk of more, so that all meet the same
-    load. `chunk_ms` and `action_pass_ms` are medians over the rounds of a turn's mean, `chunk_rounds` and
-    `action_pass_rounds` these means, to be compared round by round. One more round, the first, warms up. DDIM and DDPM
-    are LeRobot's `diffusion` of the same network with random weights, whose passes are not told apart.
-    """
-    import torch
-    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-
-    from ofp_lerobot.devices import synchronise
-    from ofp_lerobot.flow_map.path import sample_chunk
-
-    actor = Actor(directory)
-    policy, view = actor.policy, actor.view
-    device = torch.device(policy.config.device)
-    raw = np.zeros((1, 39), dtype=np.float32)
-    size = view.image_size
-    image = np.zeros((1, size, size, 3), dtype=np.uint8) if size else None
-    batch = actor.prepare(raw, view.tasks[0], image)
-    with torch.no_grad():
-        prefix = policy.model.encode(*policy._prepare_observation(batch))
-    peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).to(device).eval()
-    seen = {key: torch.from_numpy(x) for key, x in diffusion.observation(view(raw, view.tasks[0])).items()}
-    if image is not None:
-        seen[IMAGE] = as_seen(image)
-    observed = {key: x.to(device) for key, x in seen.items()}
-
-    def milliseconds(act: Callable[[], Any]) -> float:
-        begun = perf_counter()
-        with torch.no_grad():
-            act()
-        synchronise(device)
-        return 1e3 * (perf_counter() - begun)
-
-    def turn(sampling: Sampling) -> tuple[float, float | None]:
-        """Mean of whole chunks and of their passes."""
-        calls = range(max(1, TURN // sampling.steps))
-        if sampling.sampler in diffusion.SAMPLERS:
-            diffusion.use_sampler(peer, sampling.sampler, sampling.steps)
-            return fmean(milliseconds(lambda: peer.predict_action_chunk(observed)) for _ in calls), None
-        actor.use(sampling)
-        noise = actor.noise([np.random.default_rng(0)])
-        chunk = partial(policy.predict_action_chunk, batch, noise=noise)
-        passes = partial(
-            sample_chunk, partial(policy.model, prefix), noise, steps=sampling.steps, sampler=sampling.sampler
-        )
-        whole, alone = zip(*((milliseconds(chunk), milliseconds(passes)) for _ in calls), strict=True)
-        return fmean(whole), fmean(alone)
-
-    rounds = [[turn(sampling) for sampling in samplings] for _ in range(1 + rounds)]
-    found = []
-    for turns in zip(*rounds[1:], strict=True):
-        whole = [chunk for chunk, _ in turns]
-        alone = [passes for _, passes in turns if passes is not None]
-        found.append(
-            {
-                "chunk_ms": median(whole),
-                "action_pass_ms": median(alone) if alone else None,
-                "chunk_rounds": whole,
-                "action_pass_rounds": alone,
-            }
-        )
-    return found

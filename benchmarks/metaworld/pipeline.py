@@ -9,8 +9,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from benchmarks.provenance import provenance
 from ofp_lerobot.objectives import OBJECTIVES, Settings
 from recipes.quickstart.stages import is_done, made_by, seconds_taken, stage
 
@@ -251,8 +253,17 @@ class Benchmark:
         }
         speedups = reports.speedups(latency["speedup"])
         rows = reports.rows_of(results)
-        finished = [path.parent for path in sorted(self.output.glob("**/stamp.json"))]
         bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)
+        sources = list(product(budget.conditions, budget.tasks))
+        jobs = [
+            *(self._recording(*source) for source in sources),
+            *(self._training(run) for run in (*bases, *policies)),
+            *(self._experts(*source) for source in sources),
+            *(self._evaluation(*key) for key in self._evaluated()),
+            *self._latencies().values(),
+        ]
+        finished = [job.directory for job in jobs]
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # as LeRobot chooses
         return {
             "rows": rows,
             "bars": [*reports.bars(rows), reports.speed_bar(speedups)],
@@ -262,10 +273,10 @@ class Benchmark:
             "timed": self._timed().name,
             "training": {run.name: result(self._training(run)) for run in (*bases, *policies)},
             "demonstrations": {
-                f"{condition}/{task}": result(self._recording(condition, task))
-                for condition, task in product(budget.conditions, budget.tasks)
+                f"{condition}/{task}": result(self._recording(condition, task)) for condition, task in sources
             },
             "seconds": {str(each.relative_to(self.output)): seconds_taken(each) for each in finished},
             "settings": asdict(budget),
             **made_by(finished),
+            "accelerator": provenance(device)["accelerator"],
         }

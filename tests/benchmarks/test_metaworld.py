@@ -166,7 +166,7 @@ def test_bars_compare_the_same_episodes():
     noisy = {check["what"] for check in report.bars(rows + [row | {"condition": "noisy"} for row in rows])} - set(
         checks
     )
-    assert len(noisy) == len(checks) and f"one step, less noise, noisy - {best}" in noisy
+    assert len(noisy) == len(checks) and f"one step, less noise, on noisy demonstrations - {best}" in noisy
     told = {
         (*each["ours"][1:], each["objective"], each["steps"], each["samples"]): each
         for each in report.differences(rows)
@@ -202,6 +202,31 @@ def test_turns_count_as_many_evaluations_and_no_warm_up():
     assert one["chunk_ms"] == pytest.approx(np.mean(one["chunk_rounds"]))
     assert many["action_pass_rounds"] == [1000, 2002] and many["chunk_ms"] is None and many["chunk_rounds"] == []
     assert peer["action_pass_ms"] is None and len(peer["chunk_rounds"]) == 2
+
+
+@pytest.mark.parametrize(("solved", "holds"), [(7, True), (6, False)])
+def test_two_steps_may_lose_just_three_points(solved, holds):
+    results = [result("ofp", 1, [1] * 10 + [0] * 90), result("ofp", 2, [1] * solved + [0] * (100 - solved))]
+    other = result("ofp", 2, [1] * 100) | {"start": "scratch"}
+    (bar,) = report.bars(report.rows_of([*results, other]))
+    assert bar["what"] == "two steps - one step" and bar["holds"] == holds
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "fmt"),
+    [
+        ({}, "ofp", "o-"),
+        ({"warm_start": 0.15}, "ofp, warm", "^--"),
+        ({"samples": 8}, "ofp, densest of 8", "s"),
+        ({"temperature": 0.5}, "ofp, noise × 0.5", "D:"),
+        ({"start": "scratch"}, "ofp from scratch", "o-"),
+        ({"objective": "diffusion", "sampler": "ddim", "start": "scratch"}, "diffusion (ddim) from scratch", "o-"),
+    ],
+)
+def test_a_curve_tells_how_it_was_answered(changes, label, fmt):
+    (row,) = report.rows_of([result("ofp", 1, [1, 0])])
+    style = report.style_of(row | changes)
+    assert (style["label"], style["fmt"]) == (label, fmt)
 
 
 def test_speedups_are_of_the_same_rounds():
@@ -328,8 +353,8 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     assert ev.measure(tmp_path / "ofp", samplings[plain], *arguments) == results[plain]
     assert results[cool]["spread"] < 0.8 * results[plain]["spread"]
     slow = ev.Sampling("ddim", 3)
-    plain = ev.Sampling(latency.PLAIN, 2)
-    *times, flow, peer = latency.measure_latency(tmp_path / "ofp", [*samplings, plain, slow], small, rounds=2, turn=3)
+    bare = ev.Sampling(latency.PLAIN, 2)
+    *times, flow, peer = latency.measure_latency(tmp_path / "ofp", [*samplings, bare, slow], small, rounds=2, turn=3)
     assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None and peer["action_pass_rounds"] == []
     assert flow["action_pass_ms"] > 0 and flow["chunk_ms"] is None
     assert len(peer["chunk_rounds"]) == len(times[0]["action_pass_rounds"]) == 2
@@ -483,6 +508,7 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
 
 
 def test_the_command_does_everything_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets
     monkeypatch.setattr(pipeline, "LATENCY_ROUNDS", 1)
     monkeypatch.setattr(pipeline, "SPEEDUP_ROUNDS", 2)
     monkeypatch.setattr(pipeline, "LATENCY_STEPS", (1, 10))

@@ -113,6 +113,7 @@ def test_velocity_is_lerobots_unet_with_the_gap_beside_the_observation():
 def test_the_embedding_of_the_target_time_is_lerobots_to_the_bit():
     gaps = 100 * torch.rand(50, generator=torch.Generator().manual_seed(3))
     assert torch.equal(SinusoidalEmbedding(64)(gaps), DiffusionSinusoidalPosEmb(64)(gaps))
+    assert not SinusoidalEmbedding(64).state_dict()  # or checkpoints made before would lack its frequencies
 
 
 def test_the_branch_starts_silent_and_flow_matching_leaves_it_so():

@@ -50,9 +50,9 @@ class ObservationEncoder(nn.Module):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """LeRobot's `DiffusionSinusoidalPosEmb`, to the bit, with its frequencies computed once: x (n,) -> (n, width).
+    """LeRobot's `DiffusionSinusoidalPosEmb` with its frequencies computed once: x (n,) -> (n, width).
 
-    On a CPU they take half of the embedding's time.
+    On a CPU the same to the bit, in half the time.
     """
 
     frequencies: Tensor
