@@ -116,23 +116,31 @@ class Benchmark:
 
     def run(self) -> dict[str, Any]:
         """Does what is missing and returns the report, which it also writes."""
-        budget, policies = self.budget, self._policies()
+        *stages, latency = self._stages().items()
         with ProcessPoolExecutor(self.processes, get_context("spawn")) as workers:
-            sources = list(product(budget.conditions, budget.tasks))
-            self._work(workers, "demonstrations", [self._recording(*source) for source in sources])
-            bases = [self._base(run) for run in policies if run.start == BASE]
-            self._work(workers, "train the base", [self._training(run) for run in dict.fromkeys(bases)])
-            self._work(workers, "train objectives", [self._training(run) for run in policies])
-            self._work(workers, "experts", [self._experts(*source) for source in sources])
-            evaluations = [self._evaluation(*key) for key in self._evaluated()]
-            self._work(workers, "evaluate", evaluations)
-        # Alone on the machine, as far as this run goes.
-        self._work(None, "latency", list(self._latencies().values()))
+            for name, jobs in stages:
+                self._work(workers, name, jobs)
+        self._work(None, *latency)  # alone on the machine, as far as this run goes
         report = self._report()
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         reports.plot(report, self.output / "success.png")
         return report
+
+    def _stages(self) -> dict[str, list[Job]]:
+        """All work by the name of its stage, in order."""
+        sources = list(product(self.budget.conditions, self.budget.tasks))
+        return {
+            "demonstrations": [self._recording(*source) for source in sources],
+            "train the base": [self._training(run) for run in self._bases()],
+            "train objectives": [self._training(run) for run in self._policies()],
+            "experts": [self._experts(*source) for source in sources],
+            "evaluate": [self._evaluation(*key) for key in self._evaluated()],
+            "latency": list(self._latencies().values()),
+        }
+
+    def _bases(self) -> list[Run]:
+        return list(dict.fromkeys(self._base(run) for run in self._policies() if run.start == BASE))
 
     def _policies(self) -> list[Run]:
         budget = self.budget
@@ -241,7 +249,7 @@ class Benchmark:
         def result(job: Job) -> Any:
             return json.loads((job.directory / RESULT).read_text())
 
-        budget, policies, results = self.budget, self._policies(), []
+        budget, results = self.budget, []
         for run, task, sampling in self._evaluated():
             found = result(self._evaluation(run, task, sampling))
             results.append({**run._asdict(), "task": task, **sampling._asdict(), **found})
@@ -253,16 +261,7 @@ class Benchmark:
         }
         speedups = reports.speedups(latency["speedup"])
         rows = reports.rows_of(results)
-        bases = dict.fromkeys(self._base(run) for run in policies if run.start == BASE)
-        sources = list(product(budget.conditions, budget.tasks))
-        jobs = [
-            *(self._recording(*source) for source in sources),
-            *(self._training(run) for run in (*bases, *policies)),
-            *(self._experts(*source) for source in sources),
-            *(self._evaluation(*key) for key in self._evaluated()),
-            *self._latencies().values(),
-        ]
-        finished = [job.directory for job in jobs]
+        finished = [job.directory for jobs in self._stages().values() for job in jobs]
         device = "cuda" if torch.cuda.is_available() else "cpu"  # as LeRobot chooses
         return {
             "rows": rows,
@@ -271,9 +270,10 @@ class Benchmark:
             "latency": latency["latency"],
             "speedups": speedups,
             "timed": self._timed().name,
-            "training": {run.name: result(self._training(run)) for run in (*bases, *policies)},
+            "training": {run.name: result(self._training(run)) for run in (*self._bases(), *self._policies())},
             "demonstrations": {
-                f"{condition}/{task}": result(self._recording(condition, task)) for condition, task in sources
+                f"{condition}/{task}": result(self._recording(condition, task))
+                for condition, task in product(budget.conditions, budget.tasks)
             },
             "seconds": {str(each.relative_to(self.output)): seconds_taken(each) for each in finished},
             "settings": asdict(budget),

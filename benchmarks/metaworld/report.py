@@ -61,13 +61,18 @@ def rows_of(results: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def pairs_of(a: Row, b: Row) -> dict[str, Any]:
+    """success(a) − success(b) of each episode both met, by seed and task."""
+    return {key: np.subtract(a["solved"][key], b["solved"][key]) for key in a["solved"] if key in b["solved"]}
+
+
 def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, float, float]:
     """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and, for as many
     samples, noise.
 
     A bootstrap over seeds and tasks, whose episodes share a training, and within each over its episodes.
     """
-    pairs = [np.subtract(a["solved"][key], b["solved"][key]) for key in a["solved"] if key in b["solved"]]
+    pairs = list(pairs_of(a, b).values())
     rng = np.random.default_rng(0)
     groups = rng.integers(len(pairs), size=(resamples, len(pairs)))
     # The mean of n episodes drawn with replacement, for every group and resample at once.
@@ -79,10 +84,8 @@ def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, f
 def seed_differences(a: Row, b: Row) -> list[float]:
     """Mean of success(a) − success(b) with each training seed, whose tasks count alike."""
     seeds: dict[str, list[float]] = {}
-    for key in a["solved"]:
-        if key in b["solved"]:
-            seed = key.partition("/")[0]
-            seeds.setdefault(seed, []).append(float(np.mean(np.subtract(a["solved"][key], b["solved"][key]))))
+    for key, pair in pairs_of(a, b).items():
+        seeds.setdefault(key.partition("/")[0], []).append(float(pair.mean()))
     return [float(np.mean(tasks)) for tasks in seeds.values()]
 
 
@@ -146,10 +149,6 @@ def differences(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def same_training(a: Row, b: Row) -> bool:
-    return all(a[key] == b[key] for key in ("condition", "objective", "start"))
-
-
 def bars(rows: Sequence[Row]) -> list[Row]:
     """What must hold on clean demonstrations, and how it is on others: name, value, limit, whether it does.
 
@@ -177,8 +176,9 @@ def bars(rows: Sequence[Row]) -> list[Row]:
         met = [row for row in rows if row["condition"] == condition]
         name = name + ("" if condition == "clean" else f", on {condition} demonstrations")
         answers = [row for row in met if row["steps"] == 1 and way(row)]
-        one = best([row for row in answers if row["objective"] == "ofp"])
-        two = best([row for row in met if one and row["steps"] == 2 and way(row) and same_training(row, one)])
+        ours = [row for row in met if row["objective"] == "ofp" and way(row)]
+        one = best([row for row in ours if row["steps"] == 1])
+        two = best([row for row in ours if row["steps"] == 2 and one and row["start"] == one["start"]])
         flow = best([row for row in met if row["objective"] == "flow_matching" and row["samples"] == 1])
         rival = best([row for row in answers if row["objective"] not in ("ofp", "flow_matching")])
         if flow is not None:

@@ -163,9 +163,8 @@ def test_bars_compare_the_same_episodes():
     # Less noise: no rival of its own was run.
     assert checks[f"one step, less noise - {best}"]["mean"] == pytest.approx(1 / 4 - 2 / 3)
     assert len(checks) == 3 + 2 + 1
-    noisy = {check["what"] for check in report.bars(rows + [row | {"condition": "noisy"} for row in rows])} - set(
-        checks
-    )
+    both = report.bars(rows + [row | {"condition": "noisy"} for row in rows])
+    noisy = {check["what"] for check in both} - set(checks)
     assert len(noisy) == len(checks) and f"one step, less noise, on noisy demonstrations - {best}" in noisy
     told = {
         (*each["ours"][1:], each["objective"], each["steps"], each["samples"]): each
@@ -244,9 +243,8 @@ def test_speedups_are_of_the_same_rounds():
         return report.speedups([plain, one, flow, peer])
 
     bare, passes, chunks, stock = told(90.5)
-    assert [passes["sampler"], passes["part"], chunks["part"], stock["part"]] == ["euler", "action_pass"] + [
-        "chunk"
-    ] * 2
+    assert [passes["sampler"], passes["part"]] == ["euler", "action_pass"]
+    assert [chunks["part"], stock["part"]] == ["chunk", "chunk"]
     assert [passes[key] for key in ("low", "value", "high")] == pytest.approx([90.5] * 3)
     assert bare["value"] == pytest.approx(88) and chunks["value"] == pytest.approx(80)
     assert [stock[key] for key in ("low", "value", "high")] == pytest.approx([20, 30, 40])
