@@ -13,13 +13,14 @@ import torch
 from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from ...engine import Engine
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
 from ..common import FlowMapPolicy
+from ..normalisation import require_usable_statistics
 from . import weights
 from .configuration_ofp import OFPConfig
 from .images import check_image, prepare_images
@@ -56,6 +57,7 @@ class OFPPolicy(FlowMapPolicy):
         config.require_device()
         config.validate_features()
         check_statistics(config, dataset_stats)
+        require_usable_statistics(config, dataset_stats, binned=(OBS_STATE,))
         self.config: OFPConfig = config
         self.model = OFPNetwork(config)
         self.model.set_gradient_checkpointing(config.gradient_checkpointing)
