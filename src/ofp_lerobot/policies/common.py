@@ -239,7 +239,11 @@ class FlowMapPolicy(PreTrainedPolicy):
         known = torch.ones_like(finite[..., 0]) if padded is None else ~padded.to(finite.device)
         mask = finite & known[..., None]
         actions = pad_vector(torch.where(finite, actions, 0.0), self.config.max_action_dim)
-        return actions, pad_vector(mask, self.config.max_action_dim), finite.all() & torch.isfinite(state).all().to(finite.device)
+        return (
+            actions,
+            pad_vector(mask, self.config.max_action_dim),
+            finite.all() & torch.isfinite(state).all().to(finite.device),
+        )
 
     # Acting
 

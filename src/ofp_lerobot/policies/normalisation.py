@@ -200,8 +200,8 @@ def check_first_batch(largest: Sequence[float], mode: NormalizationMode, names: 
 
 def far_dimensions(values: np.ndarray, limit: float = FAR) -> dict[int, float]:
     """Of normalised values (…, n) the dimensions of which half are beyond `limit`, with the median size there."""
-    flat = np.abs(np.asarray(values, np.float64)).reshape(-1, np.shape(values)[-1])
-    if not len(flat):
+    if not np.size(values):
         return {}
+    flat = np.abs(np.asarray(values, np.float64)).reshape(-1, np.shape(values)[-1])
     medians = np.nanmedian(np.where(np.isfinite(flat), flat, np.inf), axis=0)
     return {int(i): float(medians[i]) for i in np.flatnonzero(medians > limit)}
