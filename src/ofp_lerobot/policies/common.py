@@ -295,8 +295,14 @@ class FlowMapPolicy(PreTrainedPolicy):
             raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
         return actions
 
-    def _usable_rest(self, rest: Tensor | None, b: int, device: torch.device) -> Tensor | None:
-        """The leftover as (b, steps, action), without the zero rows that LeRobot's rollout pads it with."""
+    def _usable_rest(
+        self, rest: Tensor | None, b: int, device: torch.device, padded_to: int | None = None
+    ) -> Tensor | None:
+        """The leftover as (b, steps, action).
+
+        padded_to: the length to which LeRobot's real-time chunking pads leftovers with zeros. One of another length,
+        or of another caller, has no padding, and zeros in it are actions.
+        """
         if rest is None:
             return None
         size = self.config.output_features[ACTION].shape[0]
@@ -307,5 +313,7 @@ class FlowMapPolicy(PreTrainedPolicy):
                 "number of environments changes"
             )
         rest = rest[..., :size]
+        if rest.shape[1] != padded_to:
+            return rest if rest.shape[1] else None
         known = (rest != 0).any(dim=2).any(dim=0).nonzero()
         return rest[:, : int(known[-1]) + 1] if len(known) else None

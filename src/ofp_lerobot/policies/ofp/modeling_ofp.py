@@ -275,7 +275,8 @@ class OFPPolicy(FlowMapPolicy):
             self.eval()
         observation = self._observe(batch)
         b, device = len(observation.tokens), self.model.action_in_proj.weight.device
-        rest = self._usable_rest(prev_chunk_left_over, b, device)
+        padded_to = self.config.rtc_config.execution_horizon if self._rtc_enabled() else None
+        rest = self._usable_rest(prev_chunk_left_over, b, device, padded_to)
         if rest is not None and self._rtc_enabled() and self.config.warm_start:
             self._require_whole_rest(prev_chunk_left_over)
 
