@@ -56,13 +56,13 @@ def test_a_tokenizer_that_cuts_at_the_front(tokenizer):
 
 
 def test_instructions_of_a_dataset(tokenizer, caplog):
-    # Task : open the window , State : <5 numbers> ; Action : are 2 + 3 + 1 + 2 + 5 + 1 + 2
-    check_tasks(["open the window", "open"], 5, PromptTokenizer(str(tokenizer), 16))
-    with pytest.raises(ValueError, match="Task: open the window, .*needs 16 tokens, more than the 15"):
-        check_tasks(["open", "open the window"], 5, PromptTokenizer(str(tokenizer), 15))
-    with pytest.raises(ValueError, match="needs 43 tokens, more than the 32"):  # a state that the prompt cannot hold
-        check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 32))
-    check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 32, with_state=False))
+    # Task : open the window , State : 5 times - 1 ; Action : are 2 + 3 + 1 + 2 + 10 + 1 + 2
+    check_tasks(["open the window", "open"], 5, PromptTokenizer(str(tokenizer), 21))
+    with pytest.raises(ValueError, match="Task: open the window, .*needs 21 tokens, more than the 20"):
+        check_tasks(["open", "open the window"], 5, PromptTokenizer(str(tokenizer), 20))
+    with pytest.raises(ValueError, match="needs 75 tokens, more than the 64"):  # a state that the prompt cannot hold
+        check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 64))
+    check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 64, with_state=False))
     assert not caplog.records
 
 

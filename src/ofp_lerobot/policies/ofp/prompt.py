@@ -88,7 +88,7 @@ def too_long(prompt: str, needed: int | None, length: int) -> str:
 def check_tasks(tasks: Iterable[Any], state_size: int, how: PromptTokenizer) -> None:
     """Raises ValueError where an instruction of a dataset leaves no room for the state, warns of empty ones.
 
-    The state is taken at its longest, three digits for each of its dimensions.
+    The state is taken at its longest: each of its dimensions is a bin of three digits, or -1 below the bins.
     """
     told = [str(task) if task is not None else "" for task in tasks]
     if empty := sum(not task.strip() for task in told):
@@ -101,7 +101,8 @@ def check_tasks(tasks: Iterable[Any], state_size: int, how: PromptTokenizer) -> 
     tokenizer = how.load()
     if tokenizer is None or not told:
         return
-    state = " ".join(["255"] * state_size)
+    bin_ = max(("255", "-1"), key=lambda text: count_tokens(tokenizer, [" ".join([text] * 8)])[0])
+    state = " ".join([bin_] * state_size)
     cleaned = [task.strip().replace("_", " ").replace("\n", " ") for task in told]
     prompts = [f"Task: {task}, State: {state};\nAction: " if how.with_state else f"{task}\n" for task in cleaned]
     counts = count_tokens(tokenizer, prompts)
