@@ -83,7 +83,7 @@ class ServedPolicy(NamedTuple):
     @property
     def inference_engine(self) -> bool:
         """Whether chunks go through our fast path."""
-        return isinstance(self.config, OFPConfig) and self.config.inference_engine
+        return isinstance(self.config, OFPConfig) and self.config.uses_engine
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names.
