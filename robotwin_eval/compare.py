@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from ofp_lerobot.checkpoints import resolve_source
 from ofp_lerobot.errors import UserError
 
 from .jobs import PolicySpec, Start, read_policies, read_starts
@@ -193,6 +192,8 @@ def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def fingerprint(checkpoint: str) -> str | None:
     """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
+    from ofp_lerobot.checkpoints import resolve_source
+
     source = resolve_source(checkpoint)
     if isinstance(source, str):
         return None

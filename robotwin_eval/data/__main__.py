@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ofp_lerobot.arguments import at_least
-from ofp_lerobot.datasets import resolve_dataset
 from ofp_lerobot.errors import UserError
 
 
@@ -47,6 +46,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    from ofp_lerobot.datasets import resolve_dataset
+
     from .prepare import Order, prepare
 
     try:

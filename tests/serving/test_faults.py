@@ -63,7 +63,7 @@ def test_an_instruction_that_leaves_no_room_for_the_state(request, kind):
     with small.shrunk_stock():
         runner = Runner.load(str(request.getfixturevalue(kind)), device="cpu")
         session = runner.session(seed=0)
-        with pytest.raises(ObservationError, match=r"needs \\d\\d tokens, more than the 32"):
+        with pytest.raises(ObservationError, match=r"needs \d\d tokens, more than the 32"):
             session.infer({**observation(), "task": LONG})
         session.infer(observation())  # the next one is answered
 
