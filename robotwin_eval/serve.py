@@ -22,13 +22,13 @@ import numpy as np
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.evaluation.closed_loop.planning import Planner
+from ofp_lerobot.evaluation.closed_loop.results import Chunk, write_whole
 
 from .adapters.common import wire
-from .planning import Planner
-from .results import Chunk, write_whole
 
 if TYPE_CHECKING:
-    from ofp_lerobot.serving.session import Runner  # loads LeRobot, which no command's --help should wait for
+    from ofp_lerobot.inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        from ofp_lerobot.serving.session import Runner
+        from ofp_lerobot.inference.session import Runner
 
         runner = Runner.load(
             args.checkpoint,

@@ -143,10 +143,10 @@ def test_without_a_network_or_a_compiler(machine):
 @pytest.mark.parametrize(
     "module",
     [
-        "ofp_lerobot.check.command",
+        "ofp_lerobot.evaluation.offline.command",
         "ofp_lerobot.serving.command",
         "ofp_lerobot.interop.command",
-        "robotwin_eval.compare",
+        "ofp_lerobot.evaluation.closed_loop.command",
         "robotwin_eval.serve",
     ],
 )

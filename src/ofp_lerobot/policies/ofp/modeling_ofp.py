@@ -17,20 +17,20 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MA
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from ...engine import Engine
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
-from ..common import FlowMapPolicy
 from ..normalisation import require_usable_statistics
+from ..policy import FlowMapPolicy
 from ..relative import check_relative
+from ..training_state import load_training_state, resumed_from, state_path
 from . import weights
 from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
+from .engine import Engine
 from .images import check_image, prepare_images
 from .model_card import describe
 from .network import NEW_PARAMETERS, OFPNetwork
 from .processor_ofp import check_statistics
 from .prompt import PromptTokenizer, check_tasks, checkpoint_tokenizer, require_whole
 from .text import TextExtent, known_extent
-from .training_state import load_training_state, resumed_from, state_path
 
 logger = logging.getLogger(__name__)
 
