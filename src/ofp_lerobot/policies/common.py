@@ -4,7 +4,6 @@ Times: t = 1 noise, t = 0 action. b is the batch, horizon is `chunk_size`; actio
 """
 
 import logging
-import os
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,9 @@ from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Generator, Tensor
+from torch.distributed.tensor import DTensor
 
+from ..compat import shards_by_fsdp1, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
@@ -24,7 +25,7 @@ from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .ofp.scalars import LaggingScalars
-from .ofp.training_state import TrainingState, save_training_state, state_path
+from .ofp.training_state import TrainingState, resumed_state, save_training_state, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,15 @@ class FlowMapPolicy(PreTrainedPolicy):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        # FSDP1 shards what the prefix pass and the teacher read outside `forward` of the wrapped modules.
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if shards_by_fsdp1():  # which flattens what the prefix pass and the teacher read
             raise ValueError(
-                f"policy {self.name!r} does not run under FSDP: launch with DDP (accelerate launch --multi_gpu), and "
-                "save memory with train_expert_only, gradient_checkpointing or PEFT"
+                f"policy {self.name!r} does not run under FSDP1: launch with DDP (accelerate launch --multi_gpu), and "
+                "save memory with train_expert_only, gradient_checkpointing or PEFT; LeRobot 0.7 shards by FSDP2 "
+                "(torchrun … --parallelism.dp_shard)"
             )
+
+    def post_init(self) -> None:
+        """LeRobot 0.7 would cast all to `dtype`; the network keeps what π₀.₅ keeps in float32, on its own."""
 
     def _init_training(self) -> None:
         config = self.config
@@ -62,7 +66,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._seed: int | None = None
         self._step = 0  # optimizer steps taken
         self._calls = 0  # training batches since the last of them, or evaluation batches since the last training one
-        self._resumed: TrainingState | None = None
+        self._resumed = resumed_state(config.pretrained_path)
         self._scalars = LaggingScalars()
         self._diagnosis: dict[str, Tensor] = {}
         self._was_healthy = False
@@ -86,6 +90,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         if not (mode and self.training):
             self._calls = 0
+        if mode and self._seed is None and isinstance(next(self.parameters()), DTensor):
+            self._begin_training()  # inside `forward` the weights would be rounded to what it computes in
         return super().train(mode)
 
     def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
@@ -235,6 +241,10 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
         self._rest: Tensor | None = None
 
+    def drop_queued_actions(self) -> None:
+        """The next call plans anew: LeRobot's rollout says so where the instruction changes."""
+        self.reset()
+
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The next action (b, action), from a new chunk every `n_action_steps` calls.
@@ -279,7 +289,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         return actions
 
     def _usable_rest(self, rest: Tensor | None, b: int, device: torch.device) -> Tensor | None:
-        """The leftover as (b, steps, action), without the zero rows that LeRobot's rollout pads it with."""
+        """The leftover as (b, steps, action), without what LeRobot's rollout pads it with."""
         if rest is None:
             return None
         size = self.config.output_features[ACTION].shape[0]
@@ -289,6 +299,5 @@ class FlowMapPolicy(PreTrainedPolicy):
                 f"prev_chunk_left_over must be ({b}, steps, {size}), got {tuple(rest.shape)}: call reset() when the "
                 "number of environments changes"
             )
-        rest = rest[..., :size]
-        known = (rest != 0).any(dim=2).any(dim=0).nonzero()
-        return rest[:, : int(known[-1]) + 1] if len(known) else None
+        rest = without_padding(rest[..., :size])
+        return rest if rest.shape[1] else None
