@@ -91,6 +91,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         if not (mode and self.training):
             self._calls = 0
         if mode and self._seed is None and isinstance(next(self.parameters()), DTensor):
+            self._require_one_dtype()
             self._begin_training()  # inside `forward` the weights would be rounded to what it computes in
         return super().train(mode)
 
@@ -149,6 +150,15 @@ class FlowMapPolicy(PreTrainedPolicy):
                 "training goes on past schedule_steps=%d, the schedules stay at their end: set --policy.schedule_steps "
                 "to --steps",
                 self.config.schedule_steps,
+            )
+
+    def _require_one_dtype(self) -> None:
+        """Raises ValueError where FSDP2 cannot reduce the gradients together."""
+        kinds = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.requires_grad}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"FSDP2 needs one dtype for all that trains, here are {' and '.join(sorted(kinds))}: add "
+                "--accelerator.mixed_precision=bf16, which holds weights in float32, or set --policy.dtype=float32"
             )
 
     def _begin_training(self) -> None:
