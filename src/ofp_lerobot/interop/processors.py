@@ -146,13 +146,15 @@ def read_processors(source: str | Path, action_size: int, *, for_openpi: bool = 
 
 
 def _artifacts(source: str | Path, steps: Sequence[dict[str, Any]]) -> list[Path]:
-    """Directories that come with the steps: since LeRobot 0.7 the tokenizer."""
+    """Directories that come with the steps: the tokenizer. Raises UserError where one is missing."""
     names = sorted({name for step in steps for name in step.get("artifacts", {}).values()})
     if not names:
         return []
     root = Path(source)
     if not root.is_dir():
         root = Path(snapshot_download(str(source), allow_patterns=[f"{name}/**" for name in names]))
+    if missing := [name for name in names if not (root / name).is_dir()]:
+        raise UserError(f"{source} has no {missing[0]}: its processors belong to the checkpoint, save both")
     return [root / name for name in names]
 
 

@@ -16,7 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MA
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from ...compat import extend_model_cards
+from ...compat import extend_model_cards, names_are_mapped
 from ...engine import Engine
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
 from ..common import FlowMapPolicy
@@ -192,6 +192,9 @@ class OFPPolicy(FlowMapPolicy):
             renamed.get(key, key): {"type": feature.type.value, "shape": list(feature.shape)}
             for key, feature in (self.config.input_features or {}).items()
         }
+        if names_are_mapped():
+            mapped = json.dumps(dict(zip(unknown, absent, strict=True)))
+            return message + f" Check the camera names, or give --rename_map='{mapped}'"
         return message + (
             " Check the camera names. If this run has a --rename_map: LeRobot takes the features' names from the "
             f"dataset all the same, so give the renamed ones too: --policy.input_features='{json.dumps(features)}'"
