@@ -13,14 +13,14 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from safetensors.torch import load_file, save_file
 
 from ofp_lerobot import compat
-from ofp_lerobot.checkpoints import load_config, load_processors
+from ofp_lerobot.checkpoints.reader import load_config, load_processors
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.interop.processors import read_processors
 from ofp_lerobot.policies.ofp import weights
 from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp.training_state import FILENAME
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
+from ofp_lerobot.policies.training_state import FILENAME
 from tests import runs, small
 
 PREPROCESSOR = "policy_preprocessor.json"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ofp_lerobot import compat
-from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
+from ofp_lerobot.policies.training_state import FILENAME, load_training_state
 from tests import runs
 
 ROOT = Path(__file__).parents[2]

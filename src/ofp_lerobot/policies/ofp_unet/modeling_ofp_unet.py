@@ -12,7 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
 from ...flow_map.path import sample_chunk
-from ..common import FlowMapPolicy
+from ..policy import FlowMapPolicy
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
