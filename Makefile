@@ -1,4 +1,4 @@
-# Needs Python 3.12 only; uv is used where it is installed.
+# Needs Python 3.12 only; uv is used where it runs.
 PYTHON ?= python3.12
 # With LEROBOT=<a checkout of LeRobot> the tests run on that one, in an environment of their own, and with
 # WITH="'transformers==5.22.*'" or the like on other versions than it asks for.
@@ -32,23 +32,14 @@ bench: $(VENV)/.ready-test
 $(VENV)/.ready-test: pyproject.toml constraints.txt
 	@if [ -n "$(LEROBOT)" ]; then \
 	  bash tests/lerobot_environment.sh $(VENV) "$(LEROBOT)" $(WITH); \
-	elif command -v uv >/dev/null; then \
-	  ([ -x $(BIN)/python ] || uv venv -q --python 3.12 $(VENV)) && \
-	  uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]"; \
 	else \
-	  ([ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)) && \
-	  $(BIN)/python -m pip install -q --upgrade pip && \
-	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; \
+	  PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"; \
 	fi
 	@touch $@
 
 # openpi's client wants numpy below 2, so it lives beside the environment it is tested against.
 $(VENV)/openpi-client/.ready: $(VENV)/.ready-test
-	@if command -v uv >/dev/null; then \
-	  uv venv -q --clear --python 3.12 $(@D) && uv pip install -q --python $(@D)/bin/python $(OPENPI_CLIENT); \
-	else \
-	  $(PYTHON) -m venv --clear $(@D) && $(@D)/bin/python -m pip install -q $(OPENPI_CLIENT); \
-	fi
+	@PYTHON="$(PYTHON)" .ci/environment $(@D) $(OPENPI_CLIENT)
 	@touch $@
 
 clean:
