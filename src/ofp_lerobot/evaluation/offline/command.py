@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
             "noise_temperature": config.noise_temperature,
-            "dtype": config.dtype,
+            "dtype": config.precision,
             "device": device,
         },
         "data": {
