@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ofp_lerobot.evaluation.statistics import wilson_interval
-
-if TYPE_CHECKING:
-    from .evaluation import Sampling
+from ofp_lerobot.inference.sampling import Sampling
 
 
 def success_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def success_of(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms: float) -> dict[str, Any]:
+def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: float) -> dict[str, Any]:
     """One policy answering in one way; result: of `evaluation.measure`."""
     return {
         "policy": policy,

@@ -13,9 +13,9 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.collate import lerobot_collate_fn
 from safetensors.torch import load_file, save_file
 
-from ofp_lerobot.checkpoints.reader import load_config
 from ofp_lerobot.evaluation.offline import command, inputs, main, measure, report, verdict
 from ofp_lerobot.flow_map.ema import copy_weights
+from ofp_lerobot.inference.policies import load_policy
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.network import NEW_PARAMETERS
 from ofp_lerobot.policies.training_state import TrainingState, save_training_state, state_path
@@ -229,9 +229,8 @@ def test_noise_does_not_depend_on_the_batch_size(result, saved, dataset, tmp_pat
 
 
 def test_no_successor(saved, dataset, tmp_path, capsys):
-    config, _ = load_config(saved, "cpu")
-    checkpoint = inputs.load_checkpoint(saved, config, "student", None)
-    data = inputs.load_episodes(LeRobotDatasetMetadata(runs.REPO, dataset), dataset, config, [1])
+    checkpoint = load_policy(saved, device="cpu", as_ofp=True, rename_map=None, compile_model=False)
+    data = inputs.load_episodes(LeRobotDatasetMetadata(runs.REPO, dataset), dataset, checkpoint.config, [1])
     collected = measure.collect(checkpoint, data, frames=2, draws=2, batch_size=2, fraction=FRACTION, seed=0)
     statistics = measure.summarise(replace(collected, later=None), executed=4, seed=0)
     assert statistics["successive"] is None
@@ -271,8 +270,7 @@ def test_plain_pi05_is_judged_by_one_step_flow_matching(copied, dataset, tmp_pat
     as_pi05(copied)
     found = check(copied, dataset, tmp_path)
     assert found["checkpoint"]["type"] == "pi05"
-    config, _ = load_config(copied, "cpu")
-    checkpoint = inputs.load_checkpoint(copied, config, "student", None)
+    checkpoint = load_policy(copied, device="cpu", as_ofp=True, rename_map=None, compile_model=False)
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():
         ours = measure.sample(checkpoint.policy, batch, noise, {}, 0)
@@ -295,8 +293,7 @@ def test_adapter(saved, tmp_path):
     peft.config.save_pretrained(adapter)
     for file in saved.glob("policy_*"):
         shutil.copy(file, adapter)
-    config, _ = load_config(adapter, "cpu")
-    loaded = inputs.load_checkpoint(adapter, config, "student", None).policy
+    loaded = load_policy(adapter, device="cpu", rename_map=None).policy
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():
         ours = measure.sample(loaded, batch, noise, {}, 0)["one"][:, 0]

@@ -13,7 +13,6 @@ from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
 from ofp_lerobot.policies.scalars import LaggingScalars
 from tests import small
-from tests.flow_map.test_selection import by_hand
 
 
 def loss_of(policy, batch, seed=0):
@@ -237,7 +236,9 @@ def test_of_several_samples_the_densest_is_the_answer():
     alone = [policy.predict_action_chunk(observed, noise=each) for each in noise]
     policy.config.test_time_samples = 5
     answer = policy.predict_action_chunk(observed, noise=noise.flatten(0, 1))
-    torch.testing.assert_close(answer, torch.from_numpy(by_hand(torch.stack(alone).numpy())), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        answer, torch.from_numpy(small.densest_by_hand(torch.stack(alone).numpy())), atol=1e-5, rtol=0
+    )
 
 
 def test_the_noise_temperature_scales_the_noise():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ofp_lerobot.evaluation.statistics import wilson_interval
+from ofp_lerobot.inference.sampling import Sampling
 
 from . import diffusion
 
@@ -20,6 +21,11 @@ WAYS: dict[str, Callable[[Row], bool]] = {
     ", densest of several": lambda row: row["samples"] > 1,
     ", less noise": lambda row: row["temperature"] < 1,
 }
+
+
+def answering(sampling: Sampling) -> Row:
+    """A row's keys for how it was answered."""
+    return {key: getattr(sampling, key) for key in ("sampler", "steps", "warm_start", "samples", "temperature")}
 
 
 def rows_of(results: Sequence[Row]) -> list[Row]:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from ofp_lerobot.policies.ofp.engine import engine
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
-from tests.policies.test_parity import stock_inputs
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -84,7 +83,7 @@ def test_answers_as_stock_lerobot(steps):
     batch = small.batch(2, seed=7)
     noise = noise_for(batch)
     with torch.no_grad():
-        expected = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=steps)
+        expected = stock.model.sample_actions(*small.stock_inputs(stock, batch), noise=noise, num_steps=steps)
     assert_same(fast.predict_action_chunk(batch, noise=noise), expected[..., : small.ACTIONS])
 
 
@@ -97,7 +96,7 @@ def test_samples_that_share_a_prefix_answer_as_stock_lerobot_alone(samples):
     for b, text in ((1, small.TEXT), (3, 4)):
         batch = small.batch(b, text=text, seed=b)
         noise = torch.randn(samples, b, small.HORIZON, 8)
-        inputs = stock_inputs(stock, batch)
+        inputs = small.stock_inputs(stock, batch)
         with torch.no_grad():
             expected = [stock.model.sample_actions(*inputs, noise=each, num_steps=2) for each in noise]
             actual = fast._sample(fast._observe(batch), noise.flatten(0, 1), 1.0)
@@ -270,7 +269,7 @@ def test_text_with_gaps_and_without_any_is_masked():
         batch["observation.language.attention_mask"][1] = True
         noise = noise_for(batch)
         with torch.no_grad():
-            expected = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=10)
+            expected = stock.model.sample_actions(*small.stock_inputs(stock, batch), noise=noise, num_steps=10)
         for policy in (silent, fast):
             assert_same(policy.predict_action_chunk(batch, noise=noise), expected[..., : small.ACTIONS])
 

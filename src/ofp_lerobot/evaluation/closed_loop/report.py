@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ..environments import harness_class
+from ..episodes import Episode
 from ..statistics import POWER, Pairs, mcnemar_p, paired_interval, smallest_difference, wilson_interval
-from .jobs import PolicySpec
-from .results import Episode
+from .policies import PolicySpec
 
-PROTOCOLS = {
-    "robotwin": "RoboTwin's own environments with its step limits, on seeds that its scripted expert solves "
-    "(those of --starts are taken as they come)",
-    "lerobot-robotwin": (
-        "LeRobot's RoboTwin environment. Not RoboTwin's protocol: no expert check, the task's name as instruction, "
-        "clean scenes only, one step limit for all tasks unless it was set"
-    ),
-    "quickstart": "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)",
-}
 _COLOURS = ("#d1495b", "#30638e", "#edae49", "#2e933c", "#6d597a", "#3c3c3b")
 
 
@@ -57,7 +49,7 @@ def summarise(
     kind = settings["harness"]["kind"]
     return {
         "environment": settings["harness"],
-        "protocol": PROTOCOLS.get(kind, f"LeRobot's environment {kind!r}, episodes by seed"),
+        "protocol": harness_class(kind).protocol(kind),
         "policies": {name: settings["policies"][name] for name in names},
         "baseline": baseline,
         "compared": {"episodes": len(shared), "of": total},

@@ -11,7 +11,6 @@ from typing import Any
 
 from ...arguments import at_least
 from ...errors import UserError
-from .errors import CheckError
 
 _DESCRIPTION = """\
 Compares one and two network evaluations per action chunk with ten on recorded episodes: error to the demonstration,
@@ -75,16 +74,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Loads, measures, prints and writes; returns what the JSON file holds."""
     from ...checkpoints.reader import load_config, resolve_source
     from ...devices import resolve_device
+    from ...inference.policies import load_policy
     from . import inputs, measure, report, verdict
 
     source = resolve_source(args.checkpoint)
     device = resolve_device(args.device)
-    config, kind = load_config(source, device)
+    how: dict[str, Any] = {"device": device, "as_ofp": True, "compile_model": False}
+    config, kind = load_config(source, **how)
     metadata = inputs.load_metadata(args.dataset, args.root)
     wanted = parse_episodes(args.episodes)
     training = inputs.training_dataset(source)
     episodes, reason = inputs.choose_episodes(metadata, wanted, training)
-    checkpoint = inputs.load_checkpoint(source, config, args.weights, args.rename_map)
+    checkpoint = load_policy(source, teacher=args.weights == "teacher", rename_map=args.rename_map, **how)
     inputs.check_features(checkpoint, metadata)
     data = inputs.load_episodes(metadata, args.root, config, episodes)
     fraction = args.warm_start or config.warm_start or measure.PAPERS_WARM_START
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def parse_episodes(words: Sequence[str] | None) -> list[int] | None:
     """["3", "40-42"] or ["[3,", "40]"] -> sorted episode numbers, None where the option was not given.
 
-    Raises CheckError on anything else and on an empty list.
+    Raises UserError on anything else and on an empty list.
     """
     if words is None:
         return None
@@ -157,9 +158,9 @@ def parse_episodes(words: Sequence[str] | None) -> list[int] | None:
         if match:
             found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
         elif word:
-            raise CheckError(f"--episodes: {word!r} is neither a number nor a range such as 40-49")
+            raise UserError(f"--episodes: {word!r} is neither a number nor a range such as 40-49")
     if not found:
-        raise CheckError("--episodes is empty: name some, as 3 17 40-49, or leave the option out")
+        raise UserError("--episodes is empty: name some, as 3 17 40-49, or leave the option out")
     return sorted(found)
 
 

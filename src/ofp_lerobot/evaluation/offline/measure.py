@@ -5,11 +5,10 @@ h chunk length, a action dimensions. Normalised units are the policy's. "one", "
 evaluations of a chunk; "one_warm" and "two_warm" start from the previous chunk's rest.
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 from tqdm import tqdm
 
-from ...devices import synchronise
+from ...errors import UserError
 from ...flow_map.path import sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
-from .errors import CheckError
-from .inputs import Checkpoint
+from ...inference.policies import ServedPolicy
+from ...inference.sampling import Sampling
+from ..timing import milliseconds
 
 PAPERS_WARM_START = 0.15  # arXiv 2603.12480
 MIN_EPISODES = 8  # the bootstrap draws episodes from this many on, frames below
@@ -32,14 +32,7 @@ WARM_UP_CALLS = 3
 NOW, NEXT = 0, 1  # streams of noise
 
 
-class Way(NamedTuple):
-    """How a chunk is sampled."""
-
-    steps: int
-    sampler: str  # as flow_map.path.sample_chunk's
-
-
-WAYS = {"one": Way(1, "flow_map"), "two": Way(2, "flow_map"), "ten": Way(10, "euler")}
+WAYS = {"one": Sampling.plain("flow_map", 1), "two": Sampling.plain("flow_map", 2), "ten": Sampling.plain("euler", 10)}
 FEW = ("one", "two")
 
 
@@ -81,7 +74,7 @@ def draw_noise(shape: tuple[int, ...], seed: int, stream: int, position: int) ->
 
 
 def collect(
-    checkpoint: Checkpoint,
+    checkpoint: ServedPolicy,
     dataset: LeRobotDataset,
     *,
     frames: int,
@@ -96,11 +89,12 @@ def collect(
     """
     config = checkpoint.policy.config
     executed = config.n_action_steps
+    relative = getattr(config, "use_relative_actions", False)
     columns = dataset.hf_dataset.data
     episodes = columns.column("episode_index").to_numpy()
     absolute = columns.column("index").to_numpy()
     chosen = spread_evenly(len(episodes), frames)
-    warm = executed < config.chunk_size and not config.use_relative_actions
+    warm = executed < config.chunk_size and not relative
     shape = (draws, config.chunk_size, config.max_action_dim)
 
     def noise(positions: np.ndarray, stream: int) -> Tensor:
@@ -140,7 +134,7 @@ def load_items(dataset: LeRobotDataset, positions: Iterable[int]) -> dict[str, A
 
 @torch.no_grad()
 def _chunks(
-    checkpoint: Checkpoint,
+    checkpoint: ServedPolicy,
     dataset: LeRobotDataset,
     positions: np.ndarray,
     noise: Tensor,
@@ -152,11 +146,11 @@ def _chunks(
     try:
         batch = checkpoint.preprocessor(items)
     except (ValueError, KeyError) as error:
-        raise CheckError(f"the checkpoint's preprocessor cannot take this data: {error}") from error
+        raise UserError(f"the checkpoint's preprocessor cannot take this data: {error}") from error
     target = batch[ACTION].float().cpu()
     sampled = sample(checkpoint.policy, batch, noise, rests or {}, fraction)
     if not all(torch.isfinite(x).all() for x in sampled.values()):
-        raise CheckError("the policy answered NaN or infinite actions: check the checkpoint")
+        raise UserError("the policy answered NaN or infinite actions: check the checkpoint")
     # The postprocessor may add the state that the preprocessor has just seen, one row per observation.
     post = checkpoint.postprocessor
     real = {way: torch.stack([post(x).float() for x in draws.unbind(1)], dim=1) for way, draws in sampled.items()}
@@ -183,10 +177,12 @@ def sample(
     size = policy.config.output_features[ACTION].shape[0]
     prefix = policy.model.encode(*policy._prepare_observation(batch))
     velocity = partial(policy.model, prefix)
-    start = noise.transpose(0, 1).flatten(0, 1).to(prefix.mask.device)
+    start = noise.transpose(0, 1).flatten(0, 1).to(next(policy.parameters()).device)
 
-    def draws(x: Tensor, t: float, way: Way) -> Tensor:
-        actions = sample_chunk(velocity, x, steps=way.steps, sampler=way.sampler, start=t)[..., :size]
+    def draws(x: Tensor, t: float, way: Sampling) -> Tensor:
+        actions = sample_chunk(velocity, x, steps=way.steps or 1, sampler=way.sampler or "flow_map", start=t)[
+            ..., :size
+        ]
         return actions.unflatten(0, (k, b)).transpose(0, 1).float().cpu()
 
     chunks = {name: draws(start, 1.0, way) for name, way in WAYS.items()}
@@ -367,7 +363,7 @@ def _successive(collected: Collected, executed: int) -> dict[str, Any]:
 # Latency
 
 
-def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed: int) -> dict[str, Any] | None:
+def latency(checkpoint: ServedPolicy, dataset: LeRobotDataset, *, calls: int, seed: int) -> dict[str, Any] | None:
     """Median and 95th percentile of `predict_action_chunk` in ms, one observation, interleaved; None without calls.
 
     From a preprocessed observation on the device to actions that are there, without pre- and postprocessing.
@@ -378,19 +374,15 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
     batch = checkpoint.preprocessor(load_items(dataset, [0]))
     device = next(policy.parameters()).device
     noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
-    before = (policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples)
-    policy.config.test_time_samples = 1  # as everything else that is measured here
+    before = checkpoint.sampling
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):
         for name, way in WAYS.items():
-            policy.config.num_inference_steps, policy.config.sampler = way
-            synchronise(device)
-            start = time.perf_counter()
-            policy.predict_action_chunk(batch, noise=noise)
-            synchronise(device)
+            way.apply(policy.config)
+            taken = milliseconds(lambda: policy.predict_action_chunk(batch, noise=noise), device)
             if call >= WARM_UP_CALLS:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples = before
+                times[name].append(taken)
+    before.apply(policy.config)
     return {
         name: {"median": float(np.median(x)), "p95": float(np.percentile(x, 95)), "calls": calls}
         for name, x in times.items()
