@@ -70,12 +70,12 @@ def inference(tflops: float, tbps: float) -> list[dict[str, Any]]:
                 policy = make_ofp(preset, "cpu", dtype="bfloat16", inference_engine=True, **DEPLOYED)
             engine = policy._engine
             assert engine is not None
-            weights = engine._current_weights()
+            weights = engine._current_weights(torch.device("cpu"))
             assert weights is not None
             batch = make_batch(preset, wanted["batch"], "cuda")
             images = tuple((batch[key].shape, batch[key].dtype) for key in policy.config.image_features)
             chunk = torch.Size((wanted["batch"], preset.horizon, policy.config.max_action_dim))
-            run = engine._program(weights, padded=True, instantaneous=False)
+            run = engine._program(weights, padding="right", instantaneous=False)
 
             def flops(steps: int) -> int:
                 return count(

@@ -48,7 +48,7 @@ def count_all(preset: Preset) -> dict[str, Counts]:
         batch = make_batch(preset, 1, "cuda")
         engine = ours._engine
         assert engine is not None
-        weights = engine._current_weights()
+        weights = engine._current_weights(torch.device("cpu"))
         assert weights is not None
         images = tuple((batch[key].shape, batch[key].dtype) for key in ours.config.image_features)
         for steps in (1, 10):
@@ -57,7 +57,7 @@ def count_all(preset: Preset) -> dict[str, Counts]:
             for text in (preset.text, preset.real_text):
                 chunk = torch.Size((1, preset.horizon, ours.config.max_action_dim))
                 inputs = Inputs.empty(images, text, chunk, steps, torch.device("cuda"))
-                run = engine._program(weights, padded=True, instantaneous=False)
+                run = engine._program(weights, padding="right", instantaneous=False)
                 counts[f"ours, engine, {steps}, {text} text tokens"] = count(partial(run, *inputs))
     return counts
 

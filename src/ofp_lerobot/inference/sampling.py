@@ -98,7 +98,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         type=at_least(0.0, at_most=1.0),
         help="factor of the noise that a chunk starts from; not of `pi05`",
     )
-    group.add_argument("--inference-engine", action="store_true", default=None, help="the fast path of `ofp`")
+    group.add_argument(
+        "--inference-engine", action=argparse.BooleanOptionalAction, help="the fast path of `ofp`, on a GPU the default"
+    )
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

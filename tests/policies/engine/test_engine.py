@@ -313,18 +313,22 @@ def test_moving_the_policy_gives_the_joined_memory_back(plain, fast):
 class PlainGraph:
     """Stands in for a recorded graph where there is no GPU: runs its program."""
 
-    def __init__(self, run, inputs, turn):
+    def __init__(self, run, inputs, turn, pool):
         self.run, self.shapes = run, [t.shape for t in inputs.tensors()]
 
     def __call__(self, inputs):
         assert [t.shape for t in inputs.tensors()] == self.shapes
         return self.run(*inputs)
 
+    def synchronise(self):
+        pass
+
 
 def test_which_graphs_are_recorded_and_chosen(plain, fast, monkeypatch):
     recorded = []
     monkeypatch.setattr(engine, "Graph", lambda *args: recorded.append(PlainGraph(*args)) or recorded[-1])
-    monkeypatch.setattr(engine, "Turn", object)
+    monkeypatch.setattr(engine, "turn_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(engine, "TEXT_BUCKET", 5)
     monkeypatch.setattr(engine, "MOST_SHAPES", 2)
     monkeypatch.setattr(fast._engine, "_records", lambda device: True)

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ofp_lerobot.policies.ofp.engine.graph import Inputs
+from ofp_lerobot.policies.ofp.engine.operations import Plain
 from ofp_lerobot.policies.ofp.engine.program import answer
 from ofp_lerobot.policies.ofp.engine.weights import Weights
 from ofp_lerobot.policies.ofp.network import OFPNetwork
@@ -25,7 +26,9 @@ def test_runs_on_a_device_whose_values_the_host_cannot_read(dtype, instantaneous
         inputs = Inputs.empty(images, small.TEXT, chunk, 2, torch.device("cuda"))
         with torch.no_grad():
             weights = Weights(network)
-            actions = answer(network, weights, *inputs, padded=True, instantaneous=instantaneous)
+            actions = answer(
+                network, weights, *inputs, operations=Plain(), padding="right", instantaneous=instantaneous
+            )
         assert (actions.shape, actions.device.type, actions.dtype) == (chunk, "cuda", torch.float32)
         with pytest.raises(Exception, match="ata-dependent|_local_scalar_dense"):
             actions.sum().item()

@@ -6,7 +6,7 @@ evaluations of a chunk; "one_warm" and "two_warm" start from the previous chunk'
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -374,7 +374,7 @@ def latency(checkpoint: ServedPolicy, dataset: LeRobotDataset, *, calls: int, se
     batch = checkpoint.preprocessor(load_items(dataset, [0]))
     device = next(policy.parameters()).device
     noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
-    before = checkpoint.sampling
+    before = replace(checkpoint.sampling, engine=None)  # which nothing here changes
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):
         for name, way in WAYS.items():

@@ -66,8 +66,10 @@ class OFPPolicy(FlowMapPolicy):
             torch.set_float32_matmul_precision("high")
             self._encode = torch.compile(self._encode, mode=config.compile_mode)
             self._velocity = torch.compile(self._velocity, mode=config.compile_mode)
-        if config.inference_engine:
-            self._engine = Engine(self.model, compile_mode=config.compile_mode if config.compile_model else None)
+        if config.uses_engine:
+            mode = config.compile_mode if config.compile_model else None
+            fp8, asked = config.inference_precision == "fp8", config.inference_engine is True
+            self._engine = Engine(self.model, compile_mode=mode, fp8=fp8, asked=asked)
         self.init_rtc_processor()
         self._init_training()
 
@@ -149,6 +151,8 @@ class OFPPolicy(FlowMapPolicy):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if mode:
+            if self._engine is not None:
+                self._engine.release()  # training needs the memory
             frozen = [self.model.vlm] if self.config.train_expert_only else []
             frozen += [self.model.vlm.vision_tower] if self.config.freeze_vision_encoder else []
             for module in frozen:

@@ -1,12 +1,14 @@
 """A program recorded once as a CUDA graph and replayed with new inputs."""
 
 from collections.abc import Callable, Iterator
+from threading import RLock
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-WARM_UP_RUNS = 3  # libraries choose their kernels and take their workspace outside the recording
+RECORDING = RLock()
+"""Held while recording: one at a time in a process. PyTorch's bookkeeping of captures is one for all threads."""
 
 
 class Inputs(NamedTuple):
@@ -39,10 +41,13 @@ class Inputs(NamedTuple):
 
 
 class Turn:
-    """Memory shared by graphs that never run at the same time, whatever stream their callers are on."""
+    """The replays of a device, which wait for each other whatever stream or thread their callers are on.
+
+    Recordings of one stream share cuBLAS's workspace, and streams come from a small pool: graphs of two engines could
+    write to the same one. Waiting is done by the device and costs a microsecond.
+    """
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         self._free = torch.cuda.Event()
 
     def begin(self) -> None:
@@ -51,23 +56,40 @@ class Turn:
     def end(self) -> None:
         self._free.record()
 
+    def synchronise(self) -> None:
+        """Waits on the host until no replay is under way."""
+        self._free.synchronize()
+
+
+_turns: dict[int, Turn] = {}
+
+
+def turn_of(device: torch.device) -> Turn:
+    """The one of a device."""
+    with RECORDING:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _turns.setdefault(index, Turn())
+
 
 class Graph:
-    """`run(*inputs)` for inputs of fixed shapes: one launch, no host synchronisation."""
+    """`run(*inputs)` for inputs of fixed shapes: one launch, no host synchronisation.
 
-    def __init__(self, run: Callable[..., Tensor], inputs: Inputs, turn: Turn) -> None:
+    Made on the current device. pool: of `torch.cuda.graph_pool_handle`, for graphs that share their turn.
+    """
+
+    def __init__(self, run: Callable[..., Tensor], inputs: Inputs, turn: Turn, pool: Any) -> None:
         self._inputs = inputs
         self._turn = turn
         self._staged = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in inputs.tensors()]
         self._uploaded = torch.cuda.Event()
+        # A stream of this device: torch.cuda.graph's own is of the device that recorded first in the process.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP_RUNS):
-                run(*inputs)
+            run(*inputs)  # libraries choose their kernels, and Triton compiles, outside the recording
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=turn.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._actions = run(*inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -81,3 +103,7 @@ class Graph:
         actions = self._actions.clone()
         self._turn.end()
         return actions
+
+    def synchronise(self) -> None:
+        """Waits on the host until no replay on the device is under way."""
+        self._turn.synchronise()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import OFPNetwork
+from .operations import Quantised, quantise
 
 # Of the modules whose arithmetic is known.
 _HOMES = ("torch.nn.modules.", "transformers.", "lerobot.", "ofp_lerobot.")
@@ -25,10 +26,18 @@ class Joined(NamedTuple):
     bias: Tensor | None
 
 
+class Fp8(NamedTuple):
+    """The prefix's MLPs, most of an answer's arithmetic, by layer (float8_e4m3fn)."""
+
+    gate_up: list[Quantised]
+    down: list[Quantised]
+
+
 class Weights:
     """The joined matrices of a network that `why_not` has nothing against."""
 
-    def __init__(self, network: OFPNetwork) -> None:
+    def __init__(self, network: OFPNetwork, *, fp8: bool = False) -> None:
+        """fp8: with copies of the prefix's MLPs in 8 bits (1.7 GB at π₀.₅'s size)."""
         *prefix, last = network.vlm.language_model.layers
         expert = network.expert.layers
         tower = network.vlm.vision_tower.vision_model.encoder.layers
@@ -44,6 +53,12 @@ class Weights:
             self.expert_qkv = [join(a.q_proj, a.k_proj, a.v_proj) for a in (layer.self_attn for layer in expert)]
             self.expert_gate_up = [join(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in expert]
             self.modulation = join(*[norm.dense for norm in (*norms, network.expert.norm)])
+            self.fp8: Fp8 | None = None
+            if fp8:
+                down = [layer.mlp.down_proj.weight for layer in prefix]
+                self.fp8 = Fp8([quantise(w.weight) for w in self.prefix_gate_up], [quantise(w) for w in down])
+        self._copied = [w for layer in prefix for w in layer.mlp.parameters()] if fp8 else []
+        self._versions = [w._version for w in self._copied]
         links = [
             (table, name, value)
             for module in network.modules()
@@ -53,11 +68,18 @@ class Weights:
         self._tables, self._names, self._values = (list(column) for column in zip(*links, strict=True))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._addresses = [joined.get(id(tensor), tensor.data_ptr()) for tensor in self._tensors]
+        # Held, so that a graph can read them for as long as it is there, whatever becomes of the parameters.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
         self._own = [vars(module) for module in network.modules()]
         self._hooks = [hooks for module in network.modules() for hooks in _hooks(module)]
 
     def intact(self) -> bool:
-        """Whether every module, parameter and buffer is still the one seen, at the same address, and runs as it is."""
+        """Whether every module, parameter and buffer is still the one seen, at the same address, and runs as it is.
+
+        What was copied in 8 bits must not have changed in place either (what changes through `.data` is not seen).
+        """
+        if [w._version for w in self._copied] != self._versions:
+            return False
         same = map(operator.is_, map(dict.get, self._tables, self._names), self._values)
         placed = [tensor.data_ptr() for tensor in self._tensors] == self._addresses
         return placed and all(same) and not any(self._hooks) and not any("forward" in own for own in self._own)
@@ -67,6 +89,8 @@ def why_not(network: OFPNetwork) -> str | None:
     """Why the fast path cannot run this network, None where it can."""
     if network.attention != "sdpa":
         return f"its attention is {network.attention!r}"
+    if kinds := {type(parameter).__name__ for parameter in network.parameters()} - {"Parameter", "Tensor"}:
+        return f"its parameters are {', '.join(sorted(kinds))} (sharded or quantised)"
     for name, module in network.named_modules():
         kind, linear = type(module), isinstance(module, nn.Linear)
         foreign = not kind.__module__.startswith(_HOMES) or (linear and kind is not nn.Linear)
