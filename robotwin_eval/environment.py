@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.environments import Harness
 from ofp_lerobot.evaluation.episodes import Chunk, Outcome, Start
 from ofp_lerobot.evaluation.provenance import short_commit
-from ofp_lerobot.inference.session import Runner
 
 from .adapters.install import layout_of
 from .serve import PolicyServer
+
+if TYPE_CHECKING:
+    from ofp_lerobot.inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 DRIVER = Path(__file__).parent / "adapters" / "driver.py"
 CONDITIONS = ("demo_clean", "demo_randomized")
@@ -95,7 +97,7 @@ class RoboTwinHarness(Harness):
         )
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
         if self._server is None or self._server.runner is not runner:
             self._stop_server()

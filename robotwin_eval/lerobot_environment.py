@@ -6,18 +6,18 @@ The checkout must be on PYTHONPATH and the working directory.
 from collections.abc import Callable, Mapping
 from itertools import count as count_from
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from lerobot.envs.utils import NEW_ROLLOUT_OPTION
-from lerobot.utils.constants import OBS_IMAGES
 
 from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness
 from ofp_lerobot.evaluation.episodes import Start
-from ofp_lerobot.inference.session import Runner
 
 from .adapters.common.observation import CLASSIC_CAMERAS
 from .serve import camera_names
+
+if TYPE_CHECKING:
+    from ofp_lerobot.inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 
 class LeRobotRoboTwinHarness(LeRobotHarness):
@@ -43,6 +43,8 @@ class LeRobotRoboTwinHarness(LeRobotHarness):
                 count -= 1
 
     def _is_stable(self, task: str, seed: int) -> bool:
+        from lerobot.envs.utils import NEW_ROLLOUT_OPTION
+
         self._open(task)
         try:
             self._env.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
@@ -52,9 +54,9 @@ class LeRobotRoboTwinHarness(LeRobotHarness):
             raise
         return True
 
-    def _names(self, runner: Runner, rename_map: Mapping[str, str]) -> Mapping[str, str]:
+    def _names(self, runner: "Runner", rename_map: Mapping[str, str]) -> Mapping[str, str]:
         cameras = camera_names(runner.cameras, dict(rename_map))
-        return {f"{OBS_IMAGES}.{CLASSIC_CAMERAS[name]}": feature for name, feature in cameras.items()}
+        return {f"observation.images.{CLASSIC_CAMERAS[name]}": feature for name, feature in cameras.items()}
 
     def _after_reset(self, start: Start) -> None:
         self._inner.episode_index = start.seed  # LeRobot sets up one more scene at the end: one that is stable

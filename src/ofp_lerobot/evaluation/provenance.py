@@ -6,13 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("lerobot_policy_ofp", "lerobot", "torch", "transformers", "numpy", "metaworld", "mujoco", "libero")
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Versions, machine, accelerator (None on a CPU) and the commit of this checkout (None where it is none)."""
+    import torch
+
     commit = _git(_HERE, "rev-parse", "HEAD")
     return {
         "versions": versions(),

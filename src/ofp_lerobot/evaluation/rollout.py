@@ -1,15 +1,18 @@
 """The loop of closed-loop evaluation: observe, answer, execute, in any number of scenes at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..inference.session import Answer, Session
 from .episodes import Chunk
 from .metrics import jump
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..inference.session import Answer, Session  # loads LeRobot, which no command's --help should wait for
 
 
 class Scene(Protocol):
@@ -28,14 +31,14 @@ class Answering(Protocol):
     """A `Runner`, or what answers as one."""
 
     def infer(
-        self, sessions: Sequence[Any], observations: Sequence[Mapping[str, Any]], noise: Tensor | None = None
-    ) -> list[Answer]: ...
+        self, sessions: Sequence[Any], observations: Sequence[Mapping[str, Any]], noise: "Tensor | None" = None
+    ) -> "list[Answer]": ...
 
 
 class MeasuredSession:
     """A session of the policy with what a comparison wants to know of each of its chunks."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: "Session") -> None:
         self.session = session
         self._last: NDArray[np.float32] | None = None  # (chunk_size, a), the last plan
         self._executed = 0
@@ -50,7 +53,7 @@ class MeasuredSession:
         answer = self.session.infer(observation)
         return answer.actions, self.measure(answer)
 
-    def measure(self, answer: Answer) -> Chunk:
+    def measure(self, answer: "Answer") -> Chunk:
         """Of this session's next answer."""
         chunk = Chunk(answer.latency_ms, answer.evaluations, jump(self._last, answer.plan, self._executed))
         self._last, self._executed = answer.plan, len(answer.actions)
@@ -71,7 +74,7 @@ def roll_out(
     scenes: Sequence[Scene],
     *,
     limit: int,
-    draw_noise: Callable[[], Tensor] | None = None,
+    draw_noise: "Callable[[], Tensor] | None" = None,
 ) -> list[Course]:
     """Plays every scene to its end, or for `limit` actions.
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from lerobot.utils.io_utils import write_video
 from numpy.typing import NDArray
 
 FRAMES_PER_SECOND = 20
@@ -12,6 +11,8 @@ FRAMES_PER_SECOND = 20
 
 def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     """frames: (h, w, 3) each."""
+    from lerobot.utils.io_utils import write_video
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, list(frames), FRAMES_PER_SECOND)
 

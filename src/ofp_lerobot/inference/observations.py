@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
 TASK = "task"  # LeRobot's key of the instruction
@@ -48,14 +48,15 @@ class ObservationReader:
 
         `observation.images.*` uint8 (h, w, 3) or (3, h, w) in RGB order, one for each camera of the policy;
         `observation.state` (s,) floats; `task` the instruction, which a policy without language can do without. A
-        policy of the simulator's state has `observation.environment_state` too. Raises ObservationError for anything
-        else.
+        policy of the simulator's state has `observation.environment_state` too, and one without cameras ignores images.
+        Raises ObservationError for anything else.
         """
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a mapping of names to values, got {type(observation).__name__}")
         expected = {*self.cameras, *self.states, TASK}
         missing = sorted(expected - observation.keys() - (set() if self._needs_task else {TASK}))
-        unknown = sorted(str(key) for key in observation.keys() - expected)
+        ignored = {key for key in observation if not self.cameras and str(key).startswith(OBS_IMAGE)}
+        unknown = sorted(str(key) for key in observation.keys() - expected - ignored)
         if missing or unknown:
             told = [f"{', '.join(missing)} missing"] if missing else []
             told += [f"{', '.join(unknown)} unknown to this policy"] if unknown else []

@@ -2,11 +2,12 @@
 
 import argparse
 from dataclasses import dataclass, fields
-from typing import Any, Self
-
-from lerobot.configs import PreTrainedConfig
+from typing import TYPE_CHECKING, Any, Self
 
 from ..arguments import at_least
+
+if TYPE_CHECKING:
+    from lerobot.configs import PreTrainedConfig  # loads LeRobot, which no command's --help should wait for
 
 SAMPLERS = ("flow_map", "euler")
 # The field of a policy's configuration that each field of `Sampling` stands for.
@@ -50,7 +51,7 @@ class Sampling:
         )
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Sampling":
+    def of(cls, config: "PreTrainedConfig") -> "Sampling":
         """How a policy with this configuration answers, nothing left open. What it has no setting for, π₀.₅ has not."""
         without: dict[str, Any] = {
             "sampler": "euler",
@@ -67,7 +68,7 @@ class Sampling:
         found = {setting: getattr(self, name) for name, setting in SETTINGS.items()}
         return {setting: value for setting, value in found.items() if value is not None}
 
-    def apply(self, config: PreTrainedConfig) -> None:
+    def apply(self, config: "PreTrainedConfig") -> None:
         """Sets what is not left to the checkpoint. Raises ValueError where the policy has no such setting."""
         for name, setting in SETTINGS.items():
             value = getattr(self, name)

@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ...checkpoints.reader import resolve_source
 from ...errors import UserError
 from ...files import write_whole
 from ..environments import Harness, add_all_arguments, harness_class
@@ -183,6 +182,8 @@ def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def fingerprint(checkpoint: str) -> str | None:
     """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
+    from ...checkpoints.reader import resolve_source
+
     source = resolve_source(checkpoint)
     if isinstance(source, str):
         return None

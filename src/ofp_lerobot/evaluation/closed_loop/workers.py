@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import UserError
-from ...inference.session import Runner
 from ..environments import Harness, harness_class
 from ..episodes import Episode, Start
 from ..provenance import short_commit, versions
 from ..videos import write_frames
 from .policies import PolicySpec
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,20 @@ class Player:
         values |= {"instruction": outcome.instruction, "success": outcome.success, "steps": outcome.steps}
         return Episode(**values, seconds=time.perf_counter() - begin, chunks=outcome.chunks)
 
-    def _runner(self, spec: PolicySpec) -> Runner:
+    def _runner(self, spec: PolicySpec) -> "Runner":
         if self._loaded is None or self._loaded[0] != spec:
             self._loaded = None  # frees the last one first, with what the harness holds of it
             assert self._harness is not None
             self._harness.close()
+            from ...inference.session import Runner
+
             runner = Runner.load(spec.path, execution_horizon=spec.horizon, device=self._device, **spec.settings)
             runner.warm_up()
             self._loaded = spec, runner
         return self._loaded[1]
 
 
-def _device_name(runner: Runner) -> str:
+def _device_name(runner: "Runner") -> str:
     import torch
 
     device = torch.device(runner.describe()["device"])

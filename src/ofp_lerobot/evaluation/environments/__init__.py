@@ -8,10 +8,12 @@ import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...inference.session import Runner
 from ..episodes import Outcome, Start
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 GROUP = "ofp_lerobot.environments"
 _OWN = {"quickstart": "ofp_lerobot.evaluation.environments.quickstart:QuickstartHarness"}
@@ -56,7 +58,7 @@ class Harness(ABC):
 
     @abstractmethod
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
         """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy."""
 

@@ -6,21 +6,19 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors, preprocess_observation
-from lerobot.envs.utils import NEW_ROLLOUT_OPTION
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
 
 from ...errors import UserError
-from ...inference.session import Runner
 from ..episodes import Outcome, Start
 from ..rollout import MeasuredSession, roll_out
 from . import Harness
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 PREFIX = "lerobot-"  # of a kind whose name another environment has taken
 
@@ -65,8 +63,10 @@ class LeRobotHarness(Harness):
         super().find_starts(task, condition, count, first, report)
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
+        from lerobot.envs.utils import NEW_ROLLOUT_OPTION
+
         session = MeasuredSession(runner.session(noise_seed))
         names = self._names(runner, rename_map)
         self._open(start.task)
@@ -78,7 +78,7 @@ class LeRobotHarness(Harness):
         (course,) = roll_out(runner, [session], [scene], limit=self._env.call("_max_episode_steps")[0])
         return Outcome(scene.success, course.steps, instruction, course.chunks, scene.frames)
 
-    def _names(self, runner: Runner, rename_map: Mapping[str, str]) -> Mapping[str, str]:
+    def _names(self, runner: "Runner", rename_map: Mapping[str, str]) -> Mapping[str, str]:
         """Names in the environment -> names in the policy, where they differ."""
         return rename_map
 
@@ -94,6 +94,8 @@ class LeRobotHarness(Harness):
         if task == self._task:
             return
         self.close()
+        from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
+
         settings: Any = task
         try:
             settings = self._settings(task)
@@ -141,6 +143,10 @@ class LeRobotHarness(Harness):
 
     def _observation(self, raw: dict[str, Any], instruction: str, rename_map: Mapping[str, str]) -> dict[str, Any]:
         """The policy's names, images uint8 again: LeRobot's own steps work on floats."""
+        from lerobot.envs import preprocess_observation
+        from lerobot.utils.constants import OBS_IMAGE, OBS_STATE
+        from torch import Tensor
+
         if self._lazy:
             raw = {**raw, "pixels": self._frame()[None]}
         batch = self._before({**preprocess_observation(raw), "task": [instruction]})
@@ -154,6 +160,9 @@ class LeRobotHarness(Harness):
         return found
 
     def _finish(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        from lerobot.utils.constants import ACTION
+        from torch import from_numpy
+
         return self._after({ACTION: from_numpy(action)[None]})[ACTION].numpy()
 
 

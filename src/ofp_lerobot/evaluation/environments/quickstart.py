@@ -5,13 +5,15 @@ Needs the metaworld extra.
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...inference.session import Runner
 from ..episodes import Outcome, Start
 from ..rollout import MeasuredSession, roll_out
 from . import Harness
 from .metaworld import MetaworldScene, Simulator, description, usable_backend
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner
 
 IMAGE_SIZE, ACTION_REPEAT, CAMERA = 64, 2, "corner2"
 MAX_STEPS = 150  # actions
@@ -29,7 +31,7 @@ class QuickstartHarness(Harness):
         return "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)"
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
         if self._simulator is None or self._simulator.task != start.task:
             self.close()

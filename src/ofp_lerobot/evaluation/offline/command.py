@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
             "noise_temperature": config.noise_temperature,
-            "dtype": config.dtype,
+            "dtype": getattr(config, "dtype", "float32"),
             "device": device,
         },
         "data": {

@@ -23,6 +23,7 @@ from ...flow_map.path import sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
 from ...inference.policies import ServedPolicy
 from ...inference.sampling import Sampling
+from ..statistics import bootstrap_interval
 from ..timing import milliseconds
 
 PAPERS_WARM_START = 0.15  # arXiv 2603.12480
@@ -231,12 +232,14 @@ def root(squares: np.ndarray) -> float:
 def ratio_interval(over: np.ndarray, under: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
     """Ratio of two root mean squares and its 95 % interval, by a paired bootstrap over the groups of frames."""
     _, group = np.unique(groups, return_inverse=True)
-    sums = np.stack([np.bincount(group, weights=x) for x in (over, under)])
-    drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
-    tops, bottoms = sums[:, drawn].sum(axis=2)
-    low, high = np.quantile(np.sqrt(tops / np.maximum(bottoms, 1e-30)), (0.025, 0.975))
+    sums: list[Any] = [np.bincount(group, weights=x) for x in (over, under)]
+
+    def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+        return np.sqrt(top.sum(axis=1) / np.maximum(bottom.sum(axis=1), 1e-30))
+
+    low, high = bootstrap_interval(ratio, *sums, resamples=RESAMPLES, seed=seed)
     value = np.sqrt(over.sum() / max(under.sum(), 1e-30))
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return {"value": float(value), "low": low, "high": high}
 
 
 def per_dimension(chunks: Chunks) -> dict[str, list[float]]:
