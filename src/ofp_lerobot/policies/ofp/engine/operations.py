@@ -166,6 +166,7 @@ class Fused:
 
         self._kernels = kernels
         self._plain = Plain()
+        self.norm_warps = 4
 
     def attends_by_length(self, like: Tensor) -> bool:
         return like.dtype != torch.float32 or like.device.type == "cpu"  # a GPU would round products to tf32
@@ -208,7 +209,7 @@ class Fused:
             norm.scale, norm.scale if norm.shift is None else norm.shift, out, normed, scale,
             width, norm.eps, norm.offset,
             HAS_DELTA=delta is not None, HAS_GATE=gate is not None, HAS_SHIFT=norm.shift is not None,
-            CENTRED=norm.centred, FP8=fp8, BLOCK=_power_of_two(width), num_warps=4,
+            CENTRED=norm.centred, FP8=fp8, BLOCK=_power_of_two(width), num_warps=self.norm_warps,
         )  # fmt: skip
         return out, normed, scale
 
