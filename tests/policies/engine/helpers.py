@@ -2,6 +2,8 @@
 
 import torch
 
+from tests import small
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
