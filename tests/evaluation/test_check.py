@@ -293,6 +293,8 @@ def test_adapter(saved, tmp_path):
     peft.config.save_pretrained(adapter)
     for file in saved.glob("policy_*"):
         shutil.copy(file, adapter)
+    if (saved / "tokenizer").is_dir():  # LeRobot saves it with the processors since 0.6.2
+        shutil.copytree(saved / "tokenizer", adapter / "tokenizer")
     loaded = load_policy(adapter, device="cpu", rename_map=None).policy
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():

@@ -10,8 +10,8 @@ from weakref import WeakMethod
 
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import DecodingError
-from lerobot.configs import PreTrainedConfig
 
+from ..compat import LEROBOT, name_saving_version
 from ..errors import choice
 from ..objectives import OBJECTIVES, Settings
 
@@ -19,8 +19,14 @@ _save_hooks: dict[int, WeakMethod[Any]] = {}
 
 
 @dataclass
-class FlowMapConfig(PreTrainedConfig):
-    """Times: t = 1 noise, t = 0 action. Raises ValueError where a setting is out of range, naming it."""
+class FlowMapConfig:
+    """Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action.
+
+    Raises ValueError where a setting is out of range, naming it.
+    """
+
+    # A fact: the version that wrote this configuration.
+    lerobot_version: str | None = None
 
     # Inference. flow_map: average velocities over the intervals; euler: r = t, with ten steps π₀.₅'s own sampler.
     num_inference_steps: int = 1
@@ -59,7 +65,7 @@ class FlowMapConfig(PreTrainedConfig):
         """Every subclass's `__post_init__` names the bad setting to the command line too, see `_told_by_draccus`."""
         super().__init_subclass__(**kwargs)
         if "__post_init__" in cls.__dict__:
-            cls.__post_init__ = _told_by_draccus(cls.__post_init__)  # type: ignore[method-assign]
+            cls.__post_init__ = _told_by_draccus(cls.__dict__["__post_init__"])  # type: ignore[attr-defined]
 
     def check_method(self) -> None:
         """Raises ValueError where a setting of this class is out of range."""
@@ -92,11 +98,11 @@ class FlowMapConfig(PreTrainedConfig):
             flow_time_offset=self.time_sampling_offset,
         )
 
-    def note_device(self, wanted: str | None) -> None:
+    def note_device(self: Any, wanted: str | None) -> None:
         """Remembers what LeRobot's own `__post_init__` may have replaced by a device that is there."""
         self._absent_device = wanted if wanted and wanted != self.device else None
 
-    def require_device(self) -> None:
+    def require_device(self: Any) -> None:
         """Raises ValueError where the device asked for is absent. LeRobot has only warned and taken another by then."""
         if self._absent_device is not None:
             raise ValueError(
@@ -113,7 +119,8 @@ class FlowMapConfig(PreTrainedConfig):
         _save_hooks[id(self)] = WeakMethod(hook)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
+        self.lerobot_version = LEROBOT
+        super()._save_pretrained(save_directory)  # type: ignore[misc]
         reference = _save_hooks.get(id(self))
         hook = reference() if reference is not None else None
         if hook is not None and hook.__self__.config is self:
@@ -146,3 +153,6 @@ def within(name: str, value: float, low: float, high: float = float("inf")) -> N
         raise ValueError(
             f"{name} must be {f'in [{low}, {high}]' if high < float('inf') else f'at least {low}'}, got {value}"
         )
+
+
+name_saving_version("ofp", "ofp_unet")
