@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: quickstart test lint bench clean
 
 quickstart: $(VENV)/.ready-test
-	$(BIN)/python -m recipes.quickstart
+	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint
 	$(BIN)/python -m pytest
@@ -20,9 +20,9 @@ lint: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready-test
-	$(BIN)/python -m benchmarks.latency --json outputs/bench/latency.json
-	$(BIN)/python -m benchmarks.training --json outputs/bench/training.json
-	$(BIN)/python -m benchmarks.control --json outputs/bench/control.json
+	$(BIN)/python -m benchmarks.speed.latency --json outputs/bench/latency.json
+	$(BIN)/python -m benchmarks.speed.training --json outputs/bench/training.json
+	$(BIN)/python -m benchmarks.speed.control --json outputs/bench/control.json
 
 # One environment for both commands, made once and again when what it holds changes.
 $(VENV)/.ready-test: pyproject.toml constraints.txt

@@ -22,12 +22,12 @@ import numpy as np
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.serving.observations import ObservationError
-from ofp_lerobot.serving.session import Runner
+from ofp_lerobot.evaluation.closed_loop.planning import Planner
+from ofp_lerobot.evaluation.closed_loop.results import Chunk, write_whole
+from ofp_lerobot.inference.observations import ObservationError
+from ofp_lerobot.inference.session import Runner
 
 from .adapters.common import wire
-from .planning import Planner
-from .results import Chunk, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
-from benchmarks.stock import shrunk
+from benchmarks.speed.stock import shrunk
 from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 

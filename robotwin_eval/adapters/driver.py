@@ -1,4 +1,4 @@
-"""Plays single episodes inside RoboTwin's Python, as `robotwin_eval.compare` asks for them. Python 3.10, numpy, PyYAML.
+"""Plays single episodes inside RoboTwin's Python, as `ofp-compare` asks for them. Python 3.10, numpy, PyYAML.
 
 The order of calls is that of RoboTwin's own evaluation script (setup, expert, setup again, instruction, plan and act
 until success or the step limit), but seed and instruction are given, and what happened is told. Requests and answers

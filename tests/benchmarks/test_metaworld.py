@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from benchmarks.metaworld import demonstrations as demos
-from benchmarks.metaworld import diffusion, latency, pipeline, report, training
-from benchmarks.metaworld import evaluation as ev
-from benchmarks.metaworld.__main__ import main, parse
-from benchmarks.metaworld.demonstrations import Episode, Recording, View
-from recipes.quickstart.simulator import Simulator
+from benchmarks.quality.metaworld import demonstrations as demos
+from benchmarks.quality.metaworld import diffusion, latency, pipeline, report, training
+from benchmarks.quality.metaworld import evaluation as ev
+from benchmarks.quality.metaworld.__main__ import main, parse
+from benchmarks.quality.metaworld.demonstrations import Episode, Recording, View
+from ofp_lerobot.evaluation.environments.metaworld import Simulator
 
 TASK = "window-open-v3"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import toy
+from benchmarks.quality import toy
 from ofp_lerobot.objectives import OBJECTIVES
 
 

@@ -15,7 +15,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file, save_file
 
 from ofp_lerobot.interop import convert as module
-from ofp_lerobot.interop import openpi_layout, processors, statistics
+from ofp_lerobot.interop import norm_stats as statistics
+from ofp_lerobot.interop import openpi_layout, processors
 from ofp_lerobot.interop.command import convert
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import runs, small

@@ -19,7 +19,7 @@ from ofp_lerobot.interop import openpi_layout, proof, readme
 from ofp_lerobot.interop.command import convert, export
 from ofp_lerobot.interop.fold import fold_times
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp.training_state import TrainingState, save_training_state, state_path
+from ofp_lerobot.policies.training_state import TrainingState, save_training_state, state_path
 from tests import runs, small
 from tests.interop.conftest import REAL_NAMES
 
@@ -353,7 +353,7 @@ def test_asset_ids_stay_in_their_directory(trained, tmp_path, capsys, name):
 
 
 def test_the_recipe_undoes_openpis_rounding_too():
-    page = (Path(__file__).parents[2] / "recipes" / "openpi.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "openpi.md").read_text()
     server = next(code for code in page.split("```python")[1:] if "serve_forever" in code.split("```")[0])
     assert readme._ROTARY in server
     assert "create_trained_policy" not in (Path(__file__).parents[2] / "README.md").read_text()

@@ -10,11 +10,11 @@ from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import load_file
 
+from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.interop import openpi_layout
 from ofp_lerobot.interop.command import convert
-from ofp_lerobot.interop.processor_steps import PillowResizeStep
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.serving.session import Runner
+from ofp_lerobot.policies.ofp.processor_steps import PillowResizeStep
 from tests import small
 from tests.interop.conftest import REAL_NAMES, floats, golden_state, openpi_checkpoint, real_sizes
 from tests.interop.golden import cases

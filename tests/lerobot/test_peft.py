@@ -10,7 +10,7 @@ from lerobot.rollout.inference.rtc import supports_rtc_inference
 from safetensors.torch import load_file
 
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
+from ofp_lerobot.policies.training_state import FILENAME, load_training_state
 from tests import runs, small
 
 WHOLE = (

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
+from ofp_lerobot.policies.training_state import FILENAME, load_training_state
 from tests import runs, small
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from ofp_lerobot.objectives import OBJECTIVES
 from ofp_lerobot.objectives.mean_flow import with_derivative
-from ofp_lerobot.policies.ofp.training_state import FILENAME, load_training_state
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ofp_lerobot.policies.ofp_unet.network import SinusoidalEmbedding
+from ofp_lerobot.policies.training_state import FILENAME, load_training_state
 from tests import runs, small
 from tests.flow_map.test_selection import by_hand
 

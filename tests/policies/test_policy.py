@@ -10,8 +10,8 @@ from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
 from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp import modeling_ofp
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp.scalars import LaggingScalars
 from ofp_lerobot.policies.ofp.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
+from ofp_lerobot.policies.scalars import LaggingScalars
 from tests import small
 from tests.flow_map.test_selection import by_hand
 

@@ -8,7 +8,7 @@ import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 
-from ofp_lerobot.checkpoints import load_config
+from ofp_lerobot.checkpoints.reader import load_config
 from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from tests import small

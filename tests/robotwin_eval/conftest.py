@@ -5,8 +5,8 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
+from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.policies.ofp.processor_ofp import make_ofp_pre_post_processors
-from ofp_lerobot.serving.session import Runner
 from tests import small
 from tests.stubs import robotwin
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness
 from robotwin_eval.adapters.install import install
-from robotwin_eval.lerobot_envs import LeRobotHarness
 from robotwin_eval.serve import PolicyServer
 from tests.stubs import loops, robotwin
 
@@ -259,7 +259,7 @@ def test_the_comparison_on_lerobots_environment(lerobots_checkout, runner, obser
 
 
 def test_lerobot_eval_itself(lerobots_checkout, policy_path, tmp_path):
-    """The command of robotwin_eval/README.md. One episode: LeRobot 0.6.1 ends at the first unstable seed it meets."""
+    """The command of docs/robotwin.md. One episode: LeRobot 0.6.1 ends at the first unstable seed it meets."""
     from lerobot.scripts import lerobot_eval
 
     flags = [f"--policy.path={policy_path}", "--policy.device=cpu", "--env.type=robotwin", "--env.task=adjust_bottle"]

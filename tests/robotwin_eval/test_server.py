@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.serving.session import Runner
+from ofp_lerobot.evaluation.closed_loop.jobs import PolicySpec
+from ofp_lerobot.evaluation.closed_loop.workers import HarnessSpec, Player
+from ofp_lerobot.inference.session import Runner
 from robotwin_eval import serve as serve_module
 from robotwin_eval.adapters.common import wire
 from robotwin_eval.adapters.common.client import PolicyClient, PolicyError
-from robotwin_eval.jobs import PolicySpec
 from robotwin_eval.serve import PolicyServer, camera_names
-from robotwin_eval.workers import HarnessSpec, Player
 
 from .conftest import CAMERAS, EXECUTED
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ofp_lerobot.inference.session import Answer
 from ofp_lerobot.serving.openpi_server import OpenPIServer, Settings
-from ofp_lerobot.serving.session import Answer
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "openpi-client" / "bin" / "python"
 needs_client = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.inference.observations import ObservationError
 from ofp_lerobot.serving.layouts import LAYOUTS, Translator, load_layout
-from ofp_lerobot.serving.observations import ObservationError
 
 IMAGES = "observation.images."
 RNG = np.random.default_rng(0)
@@ -207,7 +207,7 @@ def test_layout_files_that_are_wrong(tmp_path, text, message):
 
 
 def test_the_page_says_what_there_is(tmp_path):
-    page = (Path(__file__).parents[2] / "recipes" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     path = tmp_path / "robot.yaml"
     path.write_text(page.split("```yaml\n")[1].split("```")[0])
     layout = load_layout(str(path))

@@ -21,10 +21,10 @@ import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.serving.command import main, parse_arguments
 from ofp_lerobot.serving.layouts import Translator, load_layout
 from ofp_lerobot.serving.openpi_server import PolicyRobots
-from ofp_lerobot.serving.session import Runner
 from ofp_lerobot.serving.wire import pack, unpack
 from tests import small
 from tests.serving.clients import Echo, needs_client, openpi_client, serving

@@ -8,7 +8,7 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-# A horizon of 15 steps, tested in runs of up to 4500: 45, and none at all, were worse (benchmarks/trials.md).
+# A horizon of 15 steps, tested in runs of up to 4500: 45, and none at all, were worse (docs/trials.md).
 TEACHER_DECAY = 1 - 1 / 15
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
-from ..checkpoints import load_config
+from ..checkpoints.reader import load_config
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import OFPConfig
 

@@ -19,9 +19,9 @@ from ..policies.ofp.network import NEW_PARAMETERS
 from . import openpi_layout as openpi
 from .configurations import make_config, read_config, save_config, stock_config
 from .directories import refuse_existing, whole_directory
+from .norm_stats import FILENAME, coarse, find_asset, from_openpi, read_openpi, size, to_openpi
 from .processors import Facts, exclusions, make_processors, read_processors
 from .readme import OTHER_RESIZING
-from .statistics import FILENAME, coarse, find_asset, from_openpi, read_openpi, size, to_openpi
 
 
 @dataclass(frozen=True)

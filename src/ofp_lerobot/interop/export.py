@@ -10,7 +10,7 @@ from lerobot.utils.constants import ACTION
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import load_peft, resolve_source, use_teacher
+from ..checkpoints.reader import load_peft, resolve_source, use_teacher
 from ..errors import UserError
 from ..objectives import OBJECTIVES
 from ..policies.ofp import weights

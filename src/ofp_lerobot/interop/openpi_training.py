@@ -1,7 +1,7 @@
 """The one-step objective inside openpi's own PyTorch trainer.
 
 It runs in openpi's environment and imports nothing of LeRobot: put this repository's `src` on PYTHONPATH. openpi's
-classes are extended from outside; its script `scripts/train_pytorch.py` runs unchanged (recipes/openpi.md).
+classes are extended from outside; its script `scripts/train_pytorch.py` runs unchanged (docs/openpi.md).
 
     from ofp_lerobot.interop import openpi_training
     openpi_training.install(action_dim=14)

@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import PALIGEMMA_TOKENIZER, OFPConfig
 from ..policies.ofp.processor_ofp import make_ofp_pre_post_processors
+from ..policies.ofp.processor_steps import PillowResizeStep, PromptWithoutStateStep
 from ..policies.ofp.text import TextExtentProcessorStep
 from .directories import find_file, read_json
-from .processor_steps import PillowResizeStep, PromptWithoutStateStep
-from .statistics import Statistics
+from .norm_stats import Statistics
 
 PREPROCESSOR = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
 POSTPROCESSOR = f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"

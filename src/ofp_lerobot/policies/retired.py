@@ -74,4 +74,4 @@ def _translated(cls: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
     return _decode_dataclass(cls, raw, *args, **kwargs)
 
 
-decoding.decode_dataclass = _translated
+decoding.decode_dataclass = _translated  # type: ignore[assignment]

@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", help="directory or Hub id of an `ofp` or `pi05` policy")
     parser.add_argument(
-        "--layout", required=True, help="aloha, aloha_pi, robotwin, droid, libero or a YAML file (recipes/serving.md)"
+        "--layout", required=True, help="aloha, aloha_pi, robotwin, droid, libero or a YAML file (docs/serving.md)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     parser.add_argument(
@@ -121,8 +121,8 @@ def serve(args: argparse.Namespace) -> None:
         raise UserError(f"{error.name} is not installed: pip install 'lerobot_policy_ofp[serve]'") from error
     from lerobot.utils.utils import init_logging
 
+    from ..inference.session import Runner
     from .layouts import Translator, load_layout
-    from .session import Runner
 
     init_logging()
     logging.getLogger("websockets").setLevel(logging.WARNING)  # it would tell of each connection twice

@@ -13,7 +13,7 @@ import yaml
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 
 from ..errors import UserError
-from .observations import TASK, ObservationError
+from ..inference.observations import TASK, ObservationError
 
 
 @dataclass(frozen=True)

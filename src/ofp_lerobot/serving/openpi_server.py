@@ -25,10 +25,10 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from ..errors import UserError
+from ..inference.observations import ObservationError
+from ..inference.session import Answer, Runner, Session
+from .counters import Statistics
 from .layouts import Translator
-from .observations import ObservationError
-from .session import Answer, Runner, Session
-from .statistics import Statistics
 from .wire import WireError, pack, unpack
 
 logger = logging.getLogger(__name__)

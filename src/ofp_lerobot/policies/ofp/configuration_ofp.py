@@ -59,8 +59,12 @@ class OFPConfig(FlowMapConfig, PI05Config):
     tokenizer_name: str | None = None
     tokenizer_max_length: int | None = None
 
-    # The fast path of `engine/`: joined matrices and, on a GPU, recorded CUDA graphs. With compile_model compiled too.
-    inference_engine: bool = False
+    # The fast path of `engine/` for acting: joined matrices and, on a GPU, fused kernels in recorded CUDA graphs.
+    # None: on a GPU, unless compile_model is set, with which it is compiled too (minutes).
+    inference_engine: bool | None = None
+    # Of the engine's products. "fp8" rounds the prefix's MLPs to 8 bits on GPUs that multiply those (from Ada and
+    # Hopper on): faster, not exact. The error is logged with the first answer.
+    inference_precision: str = "full"
 
     # Facts of the starting checkpoint, set by loading. Its Hub name, for the model card; and whether it was trained
     # with rotary frequencies rounded to bfloat16, as LeRobot's `pi05` does with dtype=bfloat16 and openpi's JAX not.
@@ -76,6 +80,12 @@ class OFPConfig(FlowMapConfig, PI05Config):
         choice("paligemma_variant", self.paligemma_variant, gemma)
         choice("action_expert_variant", self.action_expert_variant, gemma)
         choice("vision_variant", self.vision_variant, ("siglip_so400m", *SMALL_SIGLIP))
+        choice("inference_precision", self.inference_precision, ("full", "fp8"))
+        if self.inference_precision == "fp8" and (self.inference_engine is False or self.compile_model):
+            raise ValueError(
+                "inference_precision='fp8' is the inference engine's, and not for compile_model: "
+                "set --policy.inference_engine=true --policy.compile_model=false"
+            )
         choice("dtype", self.dtype, ("float32", "bfloat16"))
         within("chunk_size", self.chunk_size, 1)
         within("n_action_steps", self.n_action_steps, 1)
@@ -94,6 +104,13 @@ class OFPConfig(FlowMapConfig, PI05Config):
             raise ValueError("time_sampling_beta_beta must be 1 (flow times are drawn on the device as u^(1/alpha))")
         if self.image_resolution[0] != self.image_resolution[1]:
             raise ValueError(f"image_resolution must be square, got {tuple(self.image_resolution)}")
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether acting goes through the inference engine."""
+        if self.inference_engine is None:
+            return str(self.device).startswith("cuda") and not self.compile_model
+        return self.inference_engine
 
     def validate_features(self) -> None:
         """As π₀.₅'s, and the action must fit into max_action_dim."""

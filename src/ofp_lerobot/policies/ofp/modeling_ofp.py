@@ -17,17 +17,17 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MA
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from ...engine import Engine
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
-from ..common import FlowMapPolicy
+from ..policy import FlowMapPolicy
+from ..training_state import load_training_state, resumed_from, state_path
 from . import weights
 from .configuration_ofp import OFPConfig
+from .engine import Engine
 from .images import check_image, prepare_images
 from .model_card import describe
 from .network import NEW_PARAMETERS, OFPNetwork
 from .processor_ofp import check_statistics
 from .text import TextExtent, known_extent
-from .training_state import load_training_state, resumed_from, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,10 @@ class OFPPolicy(FlowMapPolicy):
             torch.set_float32_matmul_precision("high")
             self._encode = torch.compile(self._encode, mode=config.compile_mode)
             self._velocity = torch.compile(self._velocity, mode=config.compile_mode)
-        if config.inference_engine:
-            self._engine = Engine(self.model, compile_mode=config.compile_mode if config.compile_model else None)
+        if config.uses_engine:
+            mode = config.compile_mode if config.compile_model else None
+            fp8, asked = config.inference_precision == "fp8", config.inference_engine is True
+            self._engine = Engine(self.model, compile_mode=mode, fp8=fp8, asked=asked)
         self.init_rtc_processor()
         self._init_training()
 
@@ -149,6 +151,8 @@ class OFPPolicy(FlowMapPolicy):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if mode:
+            if self._engine is not None:
+                self._engine.release()  # training needs the memory
             frozen = [self.model.vlm] if self.config.train_expert_only else []
             frozen += [self.model.vlm.vision_tower] if self.config.freeze_vision_encoder else []
             for module in frozen:

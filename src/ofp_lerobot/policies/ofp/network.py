@@ -7,6 +7,7 @@ Times: t = 1 noise, t = 0 action.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from lerobot.policies.pi_gemma import (
 )
 from lerobot.utils.constants import OPENPI_ATTENTION_MASK_VALUE
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb, repeat_kv
@@ -76,7 +78,21 @@ def attend(
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, None].expand(b, 1, group, nq, k.shape[2]).reshape(b, 1, group * nq, k.shape[2])
     q = q.reshape(b, k.shape[1], group * nq, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(b, heads, nq, d)
+    with _sound_backward(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(b, heads, nq, d)
+
+
+def _sound_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AbstractContextManager[Any]:
+    """Keeps training from cuDNN's attention where there is a mask.
+
+    Its backward pass gives infinite gradients there where the number of keys is 64 modulo 128 and scores are strongly
+    negative (seen: PyTorch 2.11 with cuDNN 9.19 on an H200, which is its default choice on Hopper; PyTorch #196678).
+    Forward passes are right, so inference may take it.
+    """
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if mask is None or not trains or q.device.type == "cpu":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -12,8 +12,8 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
 from ...flow_map.path import sample_chunk
-from ..common import FlowMapPolicy
-from ..ofp.training_state import load_training_state, resumed_from, state_path
+from ..policy import FlowMapPolicy
+from ..training_state import load_training_state, resumed_from, state_path
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 

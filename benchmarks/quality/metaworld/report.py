@@ -1,0 +1,281 @@
+"""Results of a run as rows, a table, paired differences and a plot."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ofp_lerobot.evaluation.statistics import wilson_interval
+
+from . import diffusion
+
+KEYS = ("condition", "objective", "start", "sampler", "steps", "warm_start", "samples", "temperature")
+Row = dict[str, Any]
+# How OFP answers: a name's end, and which rows are meant.
+WAYS: dict[str, Callable[[Row], bool]] = {
+    "": lambda row: not row["warm_start"] and row["samples"] == 1 and row["temperature"] == 1,
+    ", warm start": lambda row: row["warm_start"] > 0,
+    ", densest of several": lambda row: row["samples"] > 1,
+    ", less noise": lambda row: row["temperature"] < 1,
+}
+
+
+def rows_of(results: Sequence[Row]) -> list[Row]:
+    """One row per condition, policy and way of answering, over tasks and seeds.
+
+    results: KEYS, task, seed, and what `evaluation.measure` found. `seed_spread` is the standard deviation of the mean
+    success over seeds; `solved` keeps every episode, by seed and task, for paired comparisons.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in KEYS), []).append(result)
+    rows = []
+    for key, group in groups.items():
+        group = sorted(group, key=lambda result: (result["seed"], result["task"]))
+        solved = [each for result in group for each in result["solved"]]
+        low, high = wilson_interval(sum(solved), len(solved))
+        seeds: dict[int, list[float]] = {}
+        tasks: dict[str, list[float]] = {}
+        for result in group:
+            seeds.setdefault(result["seed"], []).append(float(np.mean(result["solved"])))
+            tasks.setdefault(result["task"], []).append(float(np.mean(result["solved"])))
+        means = [float(np.mean(each)) for each in seeds.values()]
+        jumps = [result["jump"] for result in group if result["jump"] is not None]
+        rows.append(
+            {
+                **dict(zip(KEYS, key, strict=True)),
+                "success": round(float(np.mean(solved)), 4),
+                "ci95": [round(low, 4), round(high, 4)],
+                "episodes": len(solved),
+                "seeds": len(seeds),
+                "seed_spread": round(float(np.std(means, ddof=1)), 4) if len(means) > 1 else None,
+                "energy_distance": round(float(np.mean([result["energy_distance"] for result in group])), 4),
+                "spread": round(float(np.mean([result["spread"] for result in group])), 4),
+                "jump": round(float(np.mean(jumps)), 4) if jumps else None,
+                "by_task": {task: round(float(np.mean(each)), 3) for task, each in tasks.items()},
+                "solved": {f"{result['seed']}/{result['task']}": result["solved"] for result in group},
+            }
+        )
+    return rows
+
+
+def pairs_of(a: Row, b: Row) -> dict[str, Any]:
+    """success(a) − success(b) of each episode both met, by seed and task."""
+    return {key: np.subtract(a["solved"][key], b["solved"][key]) for key in a["solved"] if key in b["solved"]}
+
+
+def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, float, float]:
+    """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and, for as many
+    samples, noise.
+
+    A bootstrap over seeds and tasks, whose episodes share a training, and within each over its episodes.
+    """
+    pairs = list(pairs_of(a, b).values())
+    rng = np.random.default_rng(0)
+    groups = rng.integers(len(pairs), size=(resamples, len(pairs)))
+    # The mean of n episodes drawn with replacement, for every group and resample at once.
+    means = np.stack([rng.choice(pair, size=(resamples, len(pair))).mean(axis=1) for pair in pairs], axis=1)
+    low, high = np.quantile(np.take_along_axis(means, groups, axis=1).mean(axis=1), [0.025, 0.975])
+    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+
+
+def seed_differences(a: Row, b: Row) -> list[float]:
+    """Mean of success(a) − success(b) with each training seed, whose tasks count alike."""
+    seeds: dict[str, list[float]] = {}
+    for key, pair in pairs_of(a, b).items():
+        seeds.setdefault(key.partition("/")[0], []).append(float(pair.mean()))
+    return [float(np.mean(tasks)) for tasks in seeds.values()]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    names = (
+        "data",
+        "objective",
+        "start",
+        "steps",
+        "warm",
+        "samples",
+        "noise",
+        "success [95 %]",
+        "± seeds",
+        "energy distance",
+        "spread",
+        "jump",
+    )
+    lines = [names, ("---",) * len(names)]
+    for row in rows:
+        low, high = row["ci95"]
+        seeds = "–" if row["seed_spread"] is None else f"{row['seed_spread']:.3f}"
+        lines.append(
+            (
+                row["condition"],
+                row["objective"],
+                row["start"],
+                f"{row['steps']} {row['sampler']}",
+                f"{row['warm_start'] or '–'}",
+                f"{row['samples']}",
+                f"{row['temperature']:g}",
+                f"{row['success']:.2f} [{low:.2f}, {high:.2f}]",
+                seeds,
+                f"{row['energy_distance']:.3f}",
+                f"{row['spread']:.3f}",
+                "–" if row["jump"] is None else f"{row['jump']:.3f}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(rows: Sequence[Row]) -> list[Row]:
+    """One step of OFP, without a warm start, minus every other objective's rows on the same demonstrations.
+
+    ours: start, samples and noise temperature of OFP's; mean, low and high are of `paired_difference`.
+    """
+    found = []
+    for one in rows:
+        if one["objective"] != "ofp" or one["steps"] != 1 or one["warm_start"]:
+            continue
+        for other in rows:
+            if other["objective"] == "ofp" or other["condition"] != one["condition"]:
+                continue
+            if other["start"] != one["start"] and other["objective"] != diffusion.NAME:
+                continue
+            mean, low, high = paired_difference(one, other)
+            known = {key: other[key] for key in KEYS}
+            ours = [one["start"], one["samples"], one["temperature"]]
+            found.append({"ours": ours, **known, "mean": mean, "low": low, "high": high})
+    return found
+
+
+def bars(rows: Sequence[Row]) -> list[Row]:
+    """What must hold on clean demonstrations, and how it is on others: name, value, limit, whether it does.
+
+    One-step OFP in each of the `WAYS` against flow matching's best row of single answers, of any number of evaluations,
+    warm start and noise, and against the best rival that answers the same way; two steps against one. Of what was run.
+    """
+    checks: list[Row] = []
+
+    def best(group: Sequence[Row]) -> Row | None:
+        return max(group, key=lambda row: row["success"], default=None)
+
+    def check(
+        what: str, a: Row | None, b: Row | None, limit: float, *, of: str = "mean", reached: bool = False
+    ) -> None:
+        """Of the paired difference a − b; whether a `reached` limit is enough."""
+        if a is None or b is None:
+            return
+        found = dict(zip(("mean", "low", "high"), paired_difference(a, b), strict=True))
+        value = round(found[of], 9)
+        holds = value > limit or (reached and value == limit)
+        seeds = seed_differences(a, b)
+        checks.append({"what": what, "value": value, "limit": limit, "holds": holds, **found, "seeds": seeds})
+
+    for condition, (name, way) in product(dict.fromkeys(row["condition"] for row in rows), WAYS.items()):
+        met = [row for row in rows if row["condition"] == condition]
+        name = name + ("" if condition == "clean" else f", on {condition} demonstrations")
+        answers = [row for row in met if row["steps"] == 1 and way(row)]
+        ours = [row for row in met if row["objective"] == "ofp" and way(row)]
+        one = best([row for row in ours if row["steps"] == 1])
+        two = best([row for row in ours if row["steps"] == 2 and one and row["start"] == one["start"]])
+        flow = best([row for row in met if row["objective"] == "flow_matching" and row["samples"] == 1])
+        rival = best([row for row in answers if row["objective"] not in ("ofp", "flow_matching")])
+        if flow is not None:
+            warm = ", warm start" if flow["warm_start"] else ""
+            theirs = f"{flow['steps']} steps, noise times {flow['temperature']:g}{warm}"
+            check(f"one step{name} - best flow matching ({theirs}), lower end", one, flow, -0.05, of="low")
+        if rival is not None:
+            check(f"one step{name} - best rival's ({rival['objective']})", one, rival, 0.0)
+        check(f"two steps{name} - one step", two, one, -0.03, reached=True)
+    return checks
+
+
+def speedups(timed: Sequence[Row], resamples: int = 10_000) -> list[Row]:
+    """How many times as long as one evaluation, of `timed`, the others take: action passes alone, and whole chunks.
+
+    Of the rounds' ratios the median and its 95 % interval, by a bootstrap over rounds (which takes them for
+    independent: a load that lasts for several makes it too narrow).
+    """
+    (one,) = (row for row in timed if row["steps"] == 1)
+    found = []
+    for row, part in product(timed, ("action_pass", "chunk")):
+        if row is one or not row[f"{part}_rounds"]:
+            continue
+        ratios = np.divide(row[f"{part}_rounds"], one[f"{part}_rounds"])
+        drawn = np.random.default_rng(0).choice(ratios, size=(resamples, len(ratios)))
+        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+        known = {"sampler": row["sampler"], "steps": row["steps"], "part": part}
+        found.append({**known, "value": float(np.median(ratios)), "low": float(low), "high": float(high)})
+    return found
+
+
+def speed_bar(found: Sequence[Row]) -> Row:
+    """Of `speedups`: the passes of the flow policy, whose network is the same as every policy's here."""
+    (passes,) = (each for each in found if each["sampler"] == "euler" and each["part"] == "action_pass")
+    what = f"action passes of the flow policy's {passes['steps']} evaluations / of one"
+    numbers = {key: passes[key] for key in ("value", "low", "high")}
+    return {"what": what, "limit": 90.0, "holds": passes["value"] >= 90.0, **numbers}
+
+
+def plot(report: Row, path: Path) -> None:
+    """Success with its interval against evaluations, and against milliseconds, for each condition.
+
+    One colour for an objective, one marker and line for a way of answering; on the left curves are moved aside by up to
+    a tenth. Rivals without warm start and the densest of several, so that the curves can be told apart.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    times = {(row["sampler"], row["steps"], row["samples"]): row["chunk_ms"] for row in report["latency"]}
+    conditions = sorted({row["condition"] for row in report["rows"]})
+    objectives = list(dict.fromkeys(row["objective"] for row in report["rows"]))
+    colours = dict(zip(objectives, colormaps["tab10"].colors, strict=False))
+    figure = Figure(figsize=(11, 5 * len(conditions)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = np.array(figure.subplots(len(conditions), 2, sharey=True)).reshape(len(conditions), 2)
+    for condition, (left, right) in zip(conditions, axes, strict=True):
+        curves: dict[str, list[Row]] = {}
+        for row in report["rows"]:
+            drawn = row["objective"] in ("ofp", "flow_matching") or not (row["warm_start"] or row["samples"] > 1)
+            if row["condition"] == condition and drawn:
+                curves.setdefault(style_of(row)["label"], []).append(row)
+        for place, rows in enumerate(curves.values()):
+            rows = sorted(rows, key=lambda row: row["steps"])
+            style = style_of(rows[0]) | {"color": colours[rows[0]["objective"]]}
+            success = np.array([row["success"] for row in rows])
+            error = np.abs(np.array([row["ci95"] for row in rows]).T - success)
+            aside = 1.1 ** (2 * place / max(1, len(curves) - 1) - 1)  # or the intervals hide one another
+            left.errorbar([row["steps"] * aside for row in rows], success, yerr=error, **style)
+            right.errorbar(
+                [times[row["sampler"], row["steps"], row["samples"]] for row in rows], success, yerr=error, **style
+            )
+        left.set(xscale="log", xlabel="evaluations per chunk", ylabel=f"success, {condition}", ylim=(0, 1))
+        right.set(xscale="log", xlabel="milliseconds per chunk")
+        steps = sorted({row["steps"] for row in report["rows"]})
+        left.set_xticks(steps, [str(k) for k in steps])
+        left.xaxis.set_minor_locator(NullLocator())
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_locator(NullLocator())
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def style_of(row: Row) -> Row:
+    """Of the curve a row belongs to: its label, one marker and line for a way of answering."""
+    scratch, stock = row["start"] == "scratch", row["objective"] == diffusion.NAME
+    temperature = row["temperature"]
+    words = [
+        row["objective"] + (f" ({row['sampler']})" if stock else "") + (" from scratch" if scratch else ""),
+        *(["warm"] if row["warm_start"] else []),
+        *([f"densest of {row['samples']}"] if row["samples"] > 1 else []),
+        *([f"noise × {temperature:g}"] if temperature != 1 else []),
+    ]
+    way = "^--" if row["warm_start"] else "s" if row["samples"] > 1 else "D:" if temperature != 1 else "o-"
+    faint = 0.6 if scratch and not stock else 1.0
+    return {"label": ", ".join(words), "fmt": way, "alpha": faint, "markersize": 5, "capsize": 2, "elinewidth": 0.8}

@@ -1,0 +1,104 @@
+"""Sizes the speed benchmarks run at, and ours and LeRobot's π₀.₅ built with them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+
+from benchmarks.speed.stock import shrunk
+from ofp_lerobot.policies.ofp import modeling_ofp
+from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, GemmaSize, OFPConfig
+from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp.text import TEXT_EXTENT, TextExtent
+
+
+@dataclass(frozen=True)
+class Preset:
+    """cameras of `resolution` pixels, `text` tokens of which `real_text` are real, a chunk of `horizon` steps."""
+
+    vlm: str
+    expert: str
+    vision: str
+    vocabulary: int
+    cameras: int
+    resolution: int
+    text: int
+    real_text: int
+    horizon: int
+    action_dim: int
+
+
+# Shared key and value shape, as in π₀.₅; prefix : suffix FLOPs above 100 : 1 (π₀.₅: 114 : 1), printed by the runs.
+SMALL_GEMMA["bench_vlm"] = GemmaSize(width=512, depth=4, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64)
+SMALL_GEMMA["bench_expert"] = GemmaSize(width=128, depth=4, mlp_dim=512, num_heads=8, num_kv_heads=1, head_dim=64)
+PRESETS = {
+    "cpu": Preset("bench_vlm", "bench_expert", "siglip_tiny", 2048, 3, 112, 64, 16, 10, 14),
+    "real": Preset("gemma_2b", "gemma_300m", "siglip_so400m", 257152, 3, 224, 200, 48, 50, 14),
+}
+
+
+def _features(preset: Preset) -> dict[str, Any]:
+    shape = (3, preset.resolution, preset.resolution)
+    cameras = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, shape) for i in range(preset.cameras)}
+    return {
+        "input_features": {**cameras, OBS_STATE: PolicyFeature(FeatureType.STATE, (preset.action_dim,))},
+        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (preset.action_dim,))},
+        "image_resolution": (preset.resolution, preset.resolution),
+        "chunk_size": preset.horizon,
+        "n_action_steps": preset.horizon,
+    }
+
+
+def make_ofp(preset: Preset, device: str = "cpu", **changes: Any) -> OFPPolicy:
+    """Our policy with random weights."""
+    sizes = {
+        "paligemma_variant": preset.vlm,
+        "action_expert_variant": preset.expert,
+        "vision_variant": preset.vision,
+        "vocabulary_size": preset.vocabulary,
+    }
+    return OFPPolicy(OFPConfig(device=device, **sizes, **_features(preset), **changes))
+
+
+def make_stock(preset: Preset, device: str = "cpu", **changes: Any) -> PI05Policy:
+    """LeRobot's policy with random weights."""
+    small = SMALL_GEMMA.get(preset.vlm)
+    patched = (
+        shrunk(
+            {"gemma_2b": small, "gemma_300m": SMALL_GEMMA[preset.expert]},
+            SMALL_SIGLIP[preset.vision],
+            preset.vocabulary,
+            small.width,
+        )
+        if small
+        else nullcontext()
+    )
+    with patched:
+        return PI05Policy(PI05Config(device=device, **_features(preset), **changes))
+
+
+def as_on_a_gpu() -> AbstractContextManager[Any]:
+    """While open, the batch's text extent is taken as the processors found it, which the host else looks up itself."""
+    return patch.object(modeling_ofp, "known_extent", lambda batch, *_: batch[TEXT_EXTENT])
+
+
+def make_batch(preset: Preset, batch: int, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """A preprocessed random batch."""
+    g = torch.Generator().manual_seed(seed)
+    side = preset.resolution
+    images = {f"observation.images.{i}": torch.rand(batch, 3, side, side, generator=g) for i in range(preset.cameras)}
+    mask = (torch.arange(preset.text) < preset.real_text).expand(batch, -1)
+    data = {
+        **images,
+        OBS_LANGUAGE_TOKENS: torch.randint(1, min(preset.vocabulary, 2000), (batch, preset.text), generator=g),
+        OBS_LANGUAGE_ATTENTION_MASK: mask,
+        ACTION: torch.randn(batch, preset.horizon, preset.action_dim, generator=g),
+    }
+    extent = TextExtent((batch, preset.text), preset.real_text, preset.real_text, 0)
+    return {**{key: value.to(device) for key, value in data.items()}, TEXT_EXTENT: extent}

@@ -1,0 +1,47 @@
+"""From nothing to a one-step policy in a simulator, on a CPU and without the Hub: `python -m examples.quickstart`."""
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: the numbers mean nothing")
+    arguments = parser.parse_args()
+
+    # Before anything reads it, here and in the processes started from here, which import this module: so imports wait.
+    from ofp_lerobot.evaluation.environments.metaworld import usable_backend
+
+    threads = str(max(1, (os.cpu_count() or 2) // 2))
+    for name, value in {
+        "OMP_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MUJOCO_GL": usable_backend(),
+    }.items():
+        os.environ.setdefault(name, value)
+    if os.environ["MUJOCO_GL"] == "osmesa":
+        print("EGL does not work here, so OSMesa draws: slower. `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`")
+
+    from .pipeline import Quickstart, Settings
+    from .report import table
+
+    settings = Settings()
+    if arguments.smoke:
+        settings = Settings(
+            replace(settings.recording, episodes=4),
+            replace(settings.training, base_steps=4, steps=4, batch_size=4),
+            replace(settings.evaluation, episodes=4, max_steps=12, observations=2, draws=4, latency_calls=4),
+        )
+    start = time.perf_counter()
+    report = Quickstart(settings, arguments.output).run()
+    print(f"\n{table(report)}\n\nTook {(time.perf_counter() - start) / 60:.1f} minutes. See {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

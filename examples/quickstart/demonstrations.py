@@ -1,0 +1,194 @@
+"""Demonstrations of a MetaWorld task in two styles, recorded as a LeRobotDataset.
+
+From the same start the hand first makes a detour, to the left or to the right, and then follows MetaWorld's scripted
+expert. So the actions have two modes, whose average no demonstrator would choose. In some episodes what is executed is
+noisy, which shows the policy how to recover; the recorded action is the demonstrator's all the same.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofp_lerobot.evaluation.environments.metaworld import (
+    ACTION_DIM,
+    STATE_DIM,
+    STEP_RATE,
+    Simulator,
+    description,
+    expert,
+    state_of,
+)
+
+IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
+REPO_ID = "local/quickstart"
+
+_GAIN = 10.0  # displacement per metre of distance on the detour
+_ARRIVED = 0.03  # metres
+_PATIENCE = 40  # simulator steps after which a detour ends wherever the hand is
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded. Episode i starts from seed `seed` + i; styles and noise alternate."""
+
+    task: str = "window-open-v3"
+    camera: str = "corner2"
+    image_size: int = 64
+    action_repeat: int = 2
+    episodes: int = 160
+    seed: int = 0
+    detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
+    noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
+    max_steps: int = 150
+
+    @property
+    def detours(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The two styles: to the left, to the right."""
+        right = np.array(self.detour)
+        return right * (-1, 1, 1), right
+
+
+class Episode(NamedTuple):
+    """images (steps, size, size, 3) uint8, empty where not rendered; states, actions (steps, 4) float32."""
+
+    images: NDArray[np.uint8]
+    states: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    solved: bool
+
+
+class Demonstrator:
+    """MetaWorld's expert after a detour through `start + detour`; call it with each raw observation in turn."""
+
+    def __init__(self, simulator: Simulator, start: NDArray[np.float64], detour: NDArray[np.float64]) -> None:
+        self._expert = expert(simulator.task)
+        self._via = start[:3] + detour
+        self._steps_left = _PATIENCE // simulator.action_repeat
+
+    def __call__(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        action = self._expert(raw)
+        way = self._via - raw[:3]
+        if np.linalg.norm(way) < _ARRIVED:
+            self._steps_left = 0
+        if self._steps_left > 0:
+            self._steps_left -= 1
+            action[:3] = _GAIN * way / max(1.0, _GAIN * np.abs(way).max())
+        return action
+
+
+def demonstrate(
+    simulator: Simulator,
+    seed: int,
+    detour: NDArray[np.float64],
+    *,
+    disturbances: NDArray[np.float64],
+    image_size: int | None = None,
+) -> Episode:
+    """One episode from the start `seed` draws, until the task is solved or the disturbances (steps, 3) end.
+
+    With `image_size` None without pictures.
+    """
+    raw = simulator.reset(seed)
+    demonstrator = Demonstrator(simulator, raw, detour)
+    images, states, actions, solved = [], [], [], False
+    for disturbance in disturbances:
+        if image_size is not None:
+            images.append(simulator.render(image_size))
+        states.append(state_of(raw))
+        action = demonstrator(raw)
+        actions.append(action.astype(np.float32))
+        executed = action.copy()
+        executed[:3] += disturbance
+        raw, solved = simulator.step(executed)
+        if solved:
+            break
+    return Episode(np.array(images, dtype=np.uint8), np.stack(states), np.stack(actions), solved)
+
+
+def disturbances(recording: Recording, index: int, seed: int | None = None) -> NDArray[np.float64]:
+    """What is added to the displacements that episode `index` executes: (max_steps, 3), zero in calm episodes."""
+    if index // 2 % 2 == 0:
+        return np.zeros((recording.max_steps, 3))
+    rng = np.random.default_rng((recording.seed if seed is None else seed, index))
+    return recording.noise * rng.normal(size=(recording.max_steps, 3))
+
+
+def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
+    """Records into the LeRobotDataset at `root` and yields the length of each episode as it is saved.
+
+    Raises RuntimeError where the demonstrator does not solve its task.
+    """
+    from lerobot.datasets import LeRobotDataset
+
+    size = recording.image_size
+    features = {
+        IMAGE: {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
+        STATE: {"dtype": "float32", "shape": (STATE_DIM,), "names": ["x", "y", "z", "gripper"]},
+        ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": ["dx", "dy", "dz", "gripper"]},
+    }
+    dataset = LeRobotDataset.create(
+        REPO_ID, STEP_RATE // recording.action_repeat, features, root=root, use_videos=False
+    )
+    prompt = description(recording.task)
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(recording,)
+    )
+    with pool:
+        for index, episode in enumerate(pool.map(_record_episode, range(recording.episodes))):
+            if not episode.solved:
+                raise RuntimeError(
+                    f"the demonstrator left {recording.task} unsolved after {recording.max_steps} steps in episode "
+                    f"{index}: choose another detour, less noise or more steps"
+                )
+            for image, state, action in zip(episode.images, episode.states, episode.actions, strict=True):
+                dataset.add_frame({IMAGE: image, STATE: state, ACTION: action, "task": prompt})
+            dataset.save_episode()
+            yield len(episode.actions)
+    dataset.finalize()
+
+
+class Demonstrations:
+    """A recorded dataset, read back."""
+
+    def __init__(self, root: Path) -> None:
+        from lerobot.datasets import LeRobotDataset
+
+        self._dataset = LeRobotDataset(REPO_ID, root=root)
+
+    def actions(self) -> list[NDArray[np.float32]]:
+        """(steps, action) of each episode."""
+        columns = self._dataset.hf_dataset.with_format("numpy", columns=[ACTION, "episode_index"])[:]
+        ends = np.flatnonzero(np.diff(columns["episode_index"])) + 1
+        return np.split(np.stack(columns[ACTION]), ends)
+
+    def mean_image(self, samples: int = 300) -> NDArray[np.uint8]:
+        """The average of recorded pictures, (size, size, 3)."""
+        chosen = np.linspace(0, len(self._dataset) - 1, samples).astype(int)
+        mean = np.mean([self._dataset[int(i)][IMAGE].numpy() for i in chosen], axis=0)
+        return np.round(255 * mean.transpose(1, 2, 0)).astype(np.uint8)
+
+
+_recording: Recording
+_simulator: Simulator
+
+
+def _start_worker(recording: Recording) -> None:
+    global _recording, _simulator
+    _recording = recording
+    _simulator = Simulator(recording.task, recording.camera, recording.action_repeat)
+
+
+def _record_episode(index: int) -> Episode:
+    return demonstrate(
+        _simulator,
+        _recording.seed + index,
+        _recording.detours[index % 2],
+        disturbances=disturbances(_recording, index),
+        image_size=_recording.image_size,
+    )

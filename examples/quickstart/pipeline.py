@@ -1,0 +1,208 @@
+"""The stages in order. What was finished with the same settings is not done again."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ofp_lerobot.evaluation.environments.metaworld import description
+from ofp_lerobot.evaluation.stages import is_done, made_by, plain, seconds_taken, stage
+
+from . import evaluation as ev
+from . import report as reports
+from .demonstrations import Recording, record
+from .evaluation import Evaluation, Sampling
+from .training import Training, base_flags, branch_flags, checkpoint, lerobot_train
+
+PROCESSES = 2
+OFP, FLOW_MATCHING = "ofp", "flow_matching"
+ROWS = (
+    (OFP, Sampling("flow_map", 1)),
+    (OFP, Sampling("flow_map", 1, warm_start=0.15)),
+    (OFP, Sampling("flow_map", 2)),
+    (OFP, Sampling("euler", 10)),
+    (FLOW_MATCHING, Sampling("euler", 1)),
+    (FLOW_MATCHING, Sampling("euler", 10)),
+)
+BASELINES = ("replay", "mean", "blind")
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; a stage is done again when those it depends on have changed."""
+
+    recording: Recording = field(default_factory=Recording)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+class Job(NamedTuple):
+    """A stage for a worker process: `function(*arguments)` returns its result."""
+
+    directory: Path
+    settings: Any
+    function: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+
+
+class Quickstart:
+    """A run in the directory `output`."""
+
+    def __init__(self, settings: Settings, output: Path) -> None:
+        self.settings = settings
+        self.output = output.resolve()
+        self.dataset = self.output / "demonstrations" / "dataset"
+        self.experts = self._directory("demonstrator") / "chunks.npy"
+
+    def run(self) -> dict[str, Any]:
+        """Does what is missing, writes report.json and the pictures, and returns the report."""
+        self.record()
+        self.train_base()
+        with (
+            ThreadPoolExecutor(PROCESSES) as threads,
+            ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as workers,
+        ):
+            branches = [threads.submit(self.train_branch, OFP, 0), threads.submit(self._flow_matching_branch, workers)]
+            for branch in branches:
+                branch.result()
+            self._run_jobs(workers, [self._row_job(*row) for row in ROWS] + self._baseline_jobs())
+            self._run_jobs(workers, [self._latency_job(), self._film_job()])
+        report = self.report()
+        (self.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        reports.plot(report, self.output / "success.png")
+        return report
+
+    # Recording and training
+
+    def record(self) -> None:
+        recording, directory = self.settings.recording, self.dataset.parent
+        if is_done(directory, recording):
+            return
+        with stage(directory, recording), tqdm(desc="demonstrations", total=recording.episodes, unit="episode") as bar:
+            frames = 0
+            for length in record(recording, self.dataset, PROCESSES):
+                frames += length
+                bar.update()
+                bar.set_postfix(frames=frames)
+
+    def train_base(self) -> None:
+        from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
+
+        tokenizer = self.output / "tokenizer"
+        size = build_tokenizer(tokenizer, [description(self.settings.recording.task)])
+        self._train("base", base_flags(self.settings.training, tokenizer, size, self.settings.recording.image_size), 0)
+
+    def train_branch(self, objective: str, position: int) -> None:
+        base = checkpoint(self._run("base"))
+        self._train(objective, branch_flags(self.settings.training, objective, base), position)
+
+    def _train(self, name: str, flags: dict[str, object], position: int) -> None:
+        directory = self._run(name).parent
+        settings = [self.settings.recording, self.settings.training, flags]
+        if is_done(directory, settings):
+            return
+        with stage(directory, settings), tqdm(desc=f"train {name}", total=flags["steps"], position=position) as bar:
+            lerobot_train(flags, self.dataset, self._run(name), directory / "log.txt", bar)
+
+    def _flow_matching_branch(self, workers: ProcessPoolExecutor) -> None:
+        """`ofp` takes longer to train, so one core is free for measuring meanwhile."""
+        self.train_branch(FLOW_MATCHING, 1)
+        own = [self._row_job(*row) for row in ROWS if row[0] == FLOW_MATCHING]
+        for job in (self._demonstrator_job(), *own):
+            self._run_jobs(workers, [job], position=1)
+
+    def _run(self, name: str) -> Path:
+        return self.output / "training" / name / "run"
+
+    # Evaluation
+
+    def _directory(self, name: str) -> Path:
+        return self.output / "evaluation" / name
+
+    def _row_name(self, policy: str, sampling: Sampling) -> str:
+        return f"{policy}_{sampling.sampler}_{sampling.steps}" + (
+            f"_warm_{sampling.warm_start}" * bool(sampling.warm_start)
+        )
+
+    def _job(self, name: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> Job:
+        return Job(self._directory(name), [self.settings, name], function, arguments)
+
+    def _common(self) -> tuple[Recording, Evaluation]:
+        return self.settings.recording, self.settings.evaluation
+
+    def _row_job(self, policy: str, sampling: Sampling) -> Job:
+        name = self._row_name(policy, sampling)
+        return self._job(name, ev.measure, checkpoint(self._run(policy)), sampling, *self._common(), self.experts)
+
+    def _baseline_jobs(self) -> list[Job]:
+        one_step = (checkpoint(self._run(OFP)), ROWS[0][1])
+        arguments = (*self._common(), self.dataset)
+        return [
+            self._job("replay", ev.measure_replay, *arguments),
+            self._job("mean", ev.measure_mean, *arguments),
+            self._job("blind", ev.measure_blind, *one_step, *arguments),
+        ]
+
+    def _demonstrator_job(self) -> Job:
+        arguments = (*self._common(), self.settings.training.chunk_size, self.experts)
+        return self._job("demonstrator", ev.measure_demonstrator, *arguments)
+
+    def _latency_job(self) -> Job:
+        cases = [(checkpoint(self._run(policy)), sampling) for policy, sampling in ROWS]
+        return self._job("latency", ev.measure_latency, cases, *self._common())
+
+    def _film_job(self) -> Job:
+        policy, sampling = ROWS[0]
+        path = self.output / "rollout.gif"
+        return self._job("film", ev.film, checkpoint(self._run(policy)), sampling, *self._common(), path)
+
+    def _run_jobs(self, workers: ProcessPoolExecutor, jobs: Sequence[Job], position: int = 0) -> None:
+        missing = [job for job in jobs if not is_done(job.directory, job.settings)]
+        if not missing:
+            return
+        with tqdm(desc="evaluate", total=len(missing), unit="job", position=position) as bar:
+            running = [workers.submit(_run_job, job) for job in missing]
+            for job, future in zip(missing, running, strict=True):
+                bar.set_postfix_str(job.directory.name)
+                future.result()
+                bar.update()
+
+    # Report
+
+    def report(self) -> dict[str, Any]:
+        latencies = self._result("latency")["milliseconds"]
+        rows = [
+            reports.row_of(policy, sampling, self._result(self._row_name(policy, sampling)), latency)
+            for (policy, sampling), latency in zip(ROWS, latencies, strict=True)
+        ]
+        baselines = [{"name": name, **reports.success_of(self._result(name))} for name in BASELINES]
+        demonstrator = self._result("demonstrator")
+        stages = {"demonstrations": self.dataset.parent}
+        stages |= {f"train {name}": self._run(name).parent for name in ("base", OFP, FLOW_MATCHING)}
+        stages |= {
+            f"evaluate {path.parent.name}": path.parent for path in sorted(self.output.glob("evaluation/*/*.json"))
+        }
+        return {
+            "task": self.settings.recording.task,
+            "rows": rows,
+            "baselines": baselines,
+            "demonstrator": {**reports.success_of(demonstrator), "spread": round(demonstrator["spread"], 4)},
+            "settings": plain(self.settings),
+            "seconds": {name: seconds_taken(directory) for name, directory in stages.items()},
+            **made_by(stages.values()),
+        }
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return json.loads((self._directory(name) / RESULT).read_text())
+
+
+def _run_job(job: Job) -> None:
+    with stage(job.directory, job.settings):
+        result = job.function(*job.arguments)
+        (job.directory / RESULT).write_text(json.dumps(result))

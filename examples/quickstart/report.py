@@ -1,0 +1,103 @@
+"""What the quickstart leaves behind: a table, report.json, a plot and an animation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofp_lerobot.evaluation.statistics import wilson_interval
+
+if TYPE_CHECKING:
+    from .evaluation import Sampling
+
+
+def success_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The report's keys for episodes; result: `solved` and, where they are known, the lengths `actions`."""
+    solved, lengths = result["solved"], result.get("actions", [])
+    done = [length for length, each in zip(lengths, solved, strict=False) if each]
+    low, high = wilson_interval(sum(solved), len(solved))
+    return {
+        "success": sum(solved) / len(solved),
+        "episodes": len(solved),
+        "ci95": [round(low, 4), round(high, 4)],
+        "solved": [int(each) for each in solved],
+        "actions_to_success": round(sum(done) / len(done), 1) if done else None,
+    }
+
+
+def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms: float) -> dict[str, Any]:
+    """One policy answering in one way; result: of `evaluation.measure`."""
+    return {
+        "policy": policy,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "warm_start": sampling.warm_start,
+        **success_of(result),
+        "energy_distance": round(result["energy_distance"], 4),
+        "spread": round(result["spread"], 4),
+        "latency_ms": round(latency_ms, 2),
+        "evaluations_per_chunk": sampling.steps,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows and baselines in Markdown."""
+    names = ("policy", "sampler", "steps", "warm start", "success [95 %]", "actions", "energy distance", "spread", "ms")
+    lines = [names, ["---"] * len(names)]
+    for row in report["rows"]:
+        policy = [row["policy"], row["sampler"], row["steps"], row["warm_start"] or "–"]
+        measures = [f"{row['energy_distance']:.3f}", f"{row['spread']:.3f}", f"{row['latency_ms']:.1f}"]
+        lines.append([*policy, *_success(row), *measures])
+    for row in report["baselines"]:
+        lines.append([row["name"], *["–"] * 3, *_success(row), *["–"] * 3])
+    row = report["demonstrator"]
+    lines.append(["demonstrator", *["–"] * 3, *_success(row), "0", f"{row['spread']:.3f}", "–"])
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _success(row: dict[str, Any]) -> list[str]:
+    low, high = row["ci95"]
+    return [f"{row['success']:.2f} [{low:.2f}, {high:.2f}]", str(row["actions_to_success"] or "–")]
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Success with its interval, and energy distance, against network evaluations per chunk."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        warm = f", warm start {row['warm_start']}" if row["warm_start"] else ""
+        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}{warm}", []).append(row)
+    for index, (label, rows) in enumerate(curves.items()):
+        x = [row["evaluations_per_chunk"] * (0.94 + 0.04 * index) for row in rows]  # side by side
+        success = np.array([row["success"] for row in rows])
+        intervals = np.array([row["ci95"] for row in rows]).T
+        top.errorbar(x, success, yerr=np.abs(intervals - success), marker="o", capsize=3, label=label)
+        bottom.plot(x, [row["energy_distance"] for row in rows], marker="o")
+    for row, style in zip(report["baselines"], ("--", ":", "-."), strict=True):
+        top.axhline(row["success"], color="0.6", linestyle=style, label=row["name"])
+    top.set(ylabel="success", ylim=(-0.02, 1.04), title=report["task"])
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    bottom.set(ylabel="energy distance to the demonstrator", ylim=(0, None))
+    bottom.set(xscale="log", xlabel="evaluations per chunk")
+    bottom.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    bottom.minorticks_off()
+    figure.savefig(path, dpi=150)
+
+
+def animate(episodes: Sequence[Sequence[NDArray[np.uint8]]], path: Path, rate: int) -> None:
+    """A GIF of episodes side by side; each holds its last frame until all have ended. rate: frames a second."""
+    from PIL import Image
+
+    length = max(map(len, episodes))
+    frames = [
+        Image.fromarray(np.concatenate([episode[min(i, len(episode) - 1)] for episode in episodes], axis=1))
+        for i in range(length)
+    ]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // rate, loop=0, optimize=True)

@@ -1,0 +1,130 @@
+"""A LeRobot checkpoint in, for every command that acts with one: source, settings, adapter, teacher, processors."""
+
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from draccus.utils import ParsingError
+from httpx import HTTPError  # of the Hub's client
+from huggingface_hub.constants import CONFIG_NAME
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor.pipeline import ProcessorMigrationError
+from lerobot.utils.constants import ACTION, PRETRAINED_MODEL_DIR
+from lerobot.utils.import_utils import register_third_party_plugins
+from safetensors import SafetensorError
+
+from ..errors import UserError
+from ..policies.ofp import weights
+from ..policies.ofp.configuration_ofp import OFPConfig
+from ..policies.ofp.modeling_ofp import OFPPolicy
+from ..policies.ofp.processor_ofp import NEEDED_STATISTICS as STATISTICS
+from ..policies.training_state import load_training_state, state_path
+
+
+def resolve_source(name: str) -> str | Path:
+    """A Hub id as it is, a directory as a path; a training step's directory stands for the policy in it."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    inner = path / PRETRAINED_MODEL_DIR
+    return inner if inner.is_dir() and not (path / CONFIG_NAME).is_file() else path
+
+
+def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
+    """The checkpoint's configuration as `ofp`'s, and its type.
+
+    A `pi05` checkpoint keeps its sizes and normalisation; what `ofp` does not know of it does not concern inference.
+    """
+    register_third_party_plugins()
+    try:
+        path = weights.find_file(source, CONFIG_NAME)
+        raw = weights.read_json(path) if path is not None else {}
+    except (FileNotFoundError, ValueError, HTTPError) as error:
+        raise UserError(error) from error
+    kind = raw.pop("type", None)
+    if kind not in ("ofp", "pi05"):
+        found = f"a checkpoint of type {kind!r}" if kind else f"no LeRobot checkpoint (it has no type in {CONFIG_NAME})"
+        raise UserError(f"{source} is {found}: only `ofp` and `pi05` policies are understood")
+    if kind == "pi05":
+        raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
+        raw["tokenizer_max_length"] = None  # the checkpoint's processors know it
+    raw |= {"device": device, "compile_model": False, "pretrained_path": None, "rtc_config": None}
+    try:
+        return draccus.decode(OFPConfig, raw), kind
+    except (ParsingError, ValueError) as error:
+        raise UserError(f"the configuration of {source} cannot be read: {error.__cause__ or error}") from error
+
+
+def load_adapter(source: str | Path, config: OFPConfig) -> OFPPolicy:
+    """The base policy with a PEFT adapter inside."""
+    return load_peft(source, config).get_base_model()
+
+
+def load_peft(source: str | Path, config: OFPConfig) -> Any:
+    """PEFT's own wrapper of an adapter and its base policy, which it changes in place."""
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(str(source))
+    if not adapter.base_model_name_or_path:
+        raise ValueError(f"the adapter in {source} does not name the policy it was trained on")
+    policy = OFPPolicy.from_pretrained(adapter.base_model_name_or_path, config=config)
+    return PeftModel.from_pretrained(policy, str(source), config=adapter)
+
+
+@torch.no_grad()
+def use_teacher(policy: OFPPolicy, source: str | Path) -> None:
+    """Replaces the action expert's weights by their moving average, which training keeps beside the checkpoint."""
+    path = state_path(Path(source))
+    if path is None or not path.is_file():
+        looked = path or f"{source} (not a training run's {PRETRAINED_MODEL_DIR} directory)"
+        raise UserError(
+            f"no teacher at {looked}; lerobot-train writes it beside {PRETRAINED_MODEL_DIR}, and what is on the Hub "
+            "has none: use --weights student"
+        )
+    teacher = load_training_state(path).teacher
+    if not teacher:
+        raise UserError(f"{path} holds no teacher, the run's objective trains without one: use --weights student")
+    parameters = dict(policy.model.named_parameters())
+    if unknown := sorted(teacher.keys() - parameters.keys()):
+        raise UserError(f"the teacher in {path} belongs to another network (it has {unknown[0]})")
+    for name, weight in teacher.items():
+        parameters[name].copy_(weight)
+
+
+def load_processors(
+    source: str | Path, config: PreTrainedConfig, rename_map: dict[str, str] | None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The checkpoint's own, on this device. Raises UserError where they would leave something unnormalised."""
+    overrides: dict[str, Any] = {"device_processor": {"device": config.device}}
+    if rename_map is not None:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    try:
+        processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
+    except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError, SafetensorError) as error:
+        raise UserError(f"the processors of {source} cannot be loaded: {error}") from error
+    preprocessor, postprocessor = processors
+    if lacking := [
+        *_lacking(preprocessor, {*(config.input_features or {}), ACTION}),
+        *_lacking(postprocessor, {ACTION}),
+    ]:
+        raise UserError(
+            f"the processors of {source} lack the statistics {', '.join(lacking)}: save them with the policy as "
+            "lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the training data "
+            "where it has no q01 and q99"
+        )
+    return processors
+
+
+def _lacking(pipeline: PolicyProcessorPipeline, keys: set[str]) -> list[str]:
+    """Statistics of `keys` that normalisation needs and has not; LeRobot passes such values through as they are."""
+    normalising: list[Any] = [step for step in pipeline.steps if hasattr(step, "norm_map")]
+    found = []
+    for step in normalising:
+        for key, feature in step.features.items():
+            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
+            known = (step.stats or {}).get(key, {})
+            found += [f"{key}.{name}" for name in STATISTICS.get(mode, ()) if key in keys and name not in known]
+    return found

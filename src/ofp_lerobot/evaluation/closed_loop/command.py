@@ -1,0 +1,345 @@
+"""Compares policies in closed loop, episode by episode: `ofp-compare`."""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from ...checkpoints.reader import resolve_source
+from ...errors import UserError
+from .jobs import PolicySpec, Start, read_policies, read_starts
+from .report import write_report
+from .results import Episode, Results, git_commit, open_results, write_whole
+from .videos import side_by_side
+from .workers import Find, HarnessSpec, Play, do_all
+
+DEFAULT_EPISODES = 100
+EPISODES, STARTS, SETTINGS, VIDEOS = "episodes.jsonl", "starts.jsonl", "settings.json", "videos"
+# As RoboTwin's and LeRobot's own evaluations begin; LIBERO's seeds number its lists of initial states.
+ROBOTWIN_FIRST_SEED, LEROBOT_FIRST_SEED, LIBERO_FIRST_SEED = 100_000, 1000, 0
+
+_EPILOG = """\
+examples:
+  ofp-compare --env robotwin --robotwin-root ~/RoboTwin --robotwin-python ~/conda/envs/RoboTwin/bin/python \\
+    --policy name=one,path=<ofp>,steps=1 --policy name=ten,path=<ofp>,steps=10,sampler=euler \\
+    --policy name=pi05,path=<pi05>,steps=10 --tasks adjust_bottle,place_empty_cup --output outputs/compare/two
+  ofp-compare --env libero --tasks libero_spatial/0,libero_spatial/1 --policies policies.yaml --output outputs/libero
+The same command again goes on where it was stopped."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison. Returns 0; 2 after one line where it cannot be done; 130 where it was stopped."""
+    args = parse_arguments(argv)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    try:
+        run(args)
+    except (UserError, RuntimeError, ValueError) as error:
+        print(f"ofp-compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {args.output}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "ofp-compare", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    policies = parser.add_argument_group("policies")
+    policies.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="name=N,path=P[,steps=1][,sampler=euler][,warm_start=.15][,samples=8][,temperature=.5][,horizon=25][,engine=true]",
+        help="may be given several times; what is left out is the checkpoint's own setting",
+    )
+    policies.add_argument("--policies", type=Path, help="YAML list of the same, rename_map included")
+    policies.add_argument(
+        "--baseline", help="whom the others are compared with (default: the most steps, then the last)"
+    )
+    episodes = parser.add_argument_group("episodes")
+    episodes.add_argument(
+        "--env", required=True, help="robotwin, lerobot-robotwin, metaworld, libero, ... or quickstart"
+    )
+    episodes.add_argument("--tasks", type=_list, help="comma-separated")
+    episodes.add_argument("--conditions", type=_list, help="RoboTwin's: demo_clean (default), demo_randomized")
+    episodes.add_argument(
+        "--episodes", type=int, help=f"per task and condition (default {DEFAULT_EPISODES}, of --starts all)"
+    )
+    episodes.add_argument(
+        "--first-seed", type=int, help="default: RoboTwin's 100000, LIBERO's 0, elsewhere LeRobot's 1000"
+    )
+    episodes.add_argument(
+        "--starts",
+        type=Path,
+        help="frozen episodes, not checked by the expert: another comparison's starts.jsonl",
+    )
+    environment = parser.add_argument_group("environment")
+    environment.add_argument(
+        "--env-option", action="append", default=[], metavar="KEY=VALUE", help="of LeRobot's --env.*"
+    )
+    environment.add_argument(
+        "--fast-rendering", action="store_true", help="MetaWorld without shadows and multisampling"
+    )
+    environment.add_argument("--robotwin-root", default=os.environ.get("ROBOTWIN_ROOT"), help="default: ROBOTWIN_ROOT")
+    environment.add_argument("--robotwin-python", default="python", help="the Python of RoboTwin's environment")
+    environment.add_argument("--instruction-type", choices=("seen", "unseen"), default="unseen")
+    running = parser.add_argument_group("running")
+    running.add_argument("--output", type=Path, required=True)
+    running.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="episodes at once, each in a process; 0: one in this process. Latencies are honest with one a GPU",
+    )
+    running.add_argument(
+        "--devices", type=_list, default=[None], help="of the policies, dealt to the workers: cuda:0,cuda:1"
+    )
+    running.add_argument("--max-errors", type=int, default=3, help="episodes ended by an error before the run stops")
+    running.add_argument("--videos", type=int, default=0, help="film the first N episodes of each task, side by side")
+    running.add_argument("--report-only", action="store_true", help="no episodes, only the report of those there are")
+    args = parser.parse_args(argv)
+    if args.starts is None and not args.tasks and not args.report_only:
+        parser.error("name the --tasks, or give --starts")
+    if args.workers < 0 or (args.episodes is not None and args.episodes < 1):
+        parser.error("--workers must be at least 0 and --episodes at least 1")
+    if not args.devices:
+        parser.error("--devices names no device: leave it out, or name some as cuda:0,cuda:1")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Plays what is missing and writes the report; returns it."""
+    policies = [PolicySpec.parse_flag(text) for text in args.policy]
+    policies += read_policies(args.policies) if args.policies else []
+    if len({policy.name for policy in policies}) != len(policies):
+        raise UserError("two policies have the same name")
+    if not policies:
+        raise UserError("name at least one policy: --policy name=one,path=<checkpoint>,steps=1")
+    if args.baseline and args.baseline not in {policy.name for policy in policies}:
+        raise UserError(f"--baseline {args.baseline}: there is no such policy")
+    harness = _harness(args)
+    with open_results(args.output / EPISODES) as results:
+        settings = _settle(args.output / SETTINGS, policies, harness)
+        starts = [] if args.report_only else _starts(args, harness, results)
+        try:
+            if not args.report_only:
+                _check_instructions(starts, results.episodes, args.output)
+                _play(args, policies, harness, starts, results)
+        finally:
+            if results.episodes:
+                report = write_report(results.episodes, policies, settings, args.output, args.baseline)
+    if not results.episodes:
+        raise UserError(f"{args.output / EPISODES} has no episodes to report")
+    films = list(side_by_side(args.output / VIDEOS, [policy.name for policy in policies])) if args.videos else []
+    print((args.output / "report.md").read_text())
+    print(
+        "\nwritten:",
+        ", ".join(str(p) for p in [*(args.output / f"report.{end}" for end in ("md", "json", "png")), *films]),
+    )
+    return report
+
+
+def _harness(args: argparse.Namespace) -> HarnessSpec:
+    if args.env == "robotwin":
+        if not args.robotwin_root:
+            raise UserError("--env robotwin needs --robotwin-root, or ROBOTWIN_ROOT")
+        root = Path(args.robotwin_root).expanduser().resolve()
+        kind = {"root": str(root), "python": args.robotwin_python, "instruction_type": args.instruction_type}
+        return HarnessSpec("robotwin", {**kind, "commit": git_commit(root)})
+    fields = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in args.env_option)}
+    return HarnessSpec(args.env, {"fields": fields, "fast_rendering": args.fast_rendering})
+
+
+def _settle(path: Path, policies: list[PolicySpec], harness: HarnessSpec) -> dict[str, Any]:
+    """The settings of this output directory. Raises UserError where what is there was made with others."""
+    now = {
+        "harness": asdict(harness),
+        "policies": {p.name: {**asdict(p), "checkpoint": fingerprint(p.path)} for p in policies},
+    }
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["harness"] != now["harness"]:
+            raise UserError(f"{path}: these episodes were played with {before['harness']}: choose another --output")
+        for name, spec in now["policies"].items():
+            if not _is_same(before["policies"].get(name, spec), spec):
+                raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
+        now["policies"] = before["policies"] | now["policies"]
+    write_whole(path, json.dumps(now, indent=2) + "\n")
+    return now
+
+
+def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether these are one policy: the path may be spelled otherwise where the files are known to be the same."""
+    before = {**asdict(PolicySpec("", "")), **before}  # settings that an older directory does not know: the default
+    if before["checkpoint"] is not None:
+        before = {**before, "path": now["path"]}
+    return before == now
+
+
+def fingerprint(checkpoint: str) -> str | None:
+    """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
+    source = resolve_source(checkpoint)
+    if isinstance(source, str):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(1 << 20))
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _starts(args: argparse.Namespace, harness: HarnessSpec, results: Results) -> list[Start]:
+    """The frozen list, or the one of this directory, made longer where it is too short."""
+    if args.starts is not None:
+        return _frozen(args)
+    official = args.env == "robotwin"
+    conditions = args.conditions or (["demo_clean"] if official else [""])
+    first = args.first_seed
+    if first is None and args.env.startswith("libero"):
+        first = LIBERO_FIRST_SEED
+    elif first is None:
+        first = ROBOTWIN_FIRST_SEED if official else LEROBOT_FIRST_SEED
+    path = args.output / STARTS
+    known = _known_starts(path)
+    episodes = args.episodes or DEFAULT_EPISODES
+    jobs: list[Find | Play] = []
+    for task in args.tasks:
+        for condition in conditions:
+            seeds = [s.seed for s in known if (s.task, s.condition) == (task, condition) and s.seed >= first]
+            if len(seeds) < episodes:
+                jobs.append(Find(task, condition, episodes - len(seeds), max(seeds, default=first - 1) + 1))
+    if jobs:
+        missing = sum(job.episodes for job in jobs if isinstance(job, Find))
+        with path.open("a") as file, tqdm(desc="starts", total=missing, disable=not official) as bar:
+
+            def keep(start: Start | Episode) -> None:
+                assert isinstance(start, Start)
+                file.write(json.dumps(start._asdict()) + "\n")
+                file.flush()
+                known.append(start)
+                bar.update()
+
+            do_all(jobs, harness, args.workers, args.devices, keep)
+    chosen: list[Start] = []
+    for task in args.tasks:
+        for condition in conditions:
+            own = [s for s in known if (s.task, s.condition) == (task, condition) and s.seed >= first]
+            chosen += sorted(own, key=lambda s: s.seed)[:episodes]
+    return chosen
+
+
+def _frozen(args: argparse.Namespace) -> list[Start]:
+    """Of --starts, what the other options leave: the first --episodes of each task and condition in its order."""
+    count: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for start in read_starts(args.starts):
+        if (
+            (args.tasks and start.task not in args.tasks)
+            or (args.conditions and start.condition not in args.conditions)
+            or (args.first_seed is not None and start.seed < args.first_seed)
+            or (args.episodes is not None and count[start[:2]] >= args.episodes)
+        ):
+            continue
+        if args.env == "robotwin" and not start.instruction:
+            raise UserError(f"{args.starts}: {start.task}, seed {start.seed}, has no instruction, which RoboTwin needs")
+        count[start[:2]] += 1
+        chosen.append(start)
+    if not chosen:
+        raise UserError(f"{args.starts} has no episodes that --tasks, --conditions and --first-seed leave")
+    return chosen
+
+
+def _check_instructions(starts: Sequence[Start], episodes: Sequence[Episode], output: Path) -> None:
+    """Raises UserError where an episode was played with another instruction: its pair would be another episode."""
+    played = {e.key[1:]: e.instruction for e in episodes if e.error is None}
+    for start in starts:
+        before = played.get(start[:3], start.instruction)
+        if start.instruction is not None and start.instruction != before:
+            raise UserError(
+                f"{output} has {start.task} {start.condition}, seed {start.seed}, with the instruction {before!r}, not "
+                f"{start.instruction!r}: choose another --output, or the --starts it was played with"
+            )
+
+
+def _known_starts(path: Path) -> list[Start]:
+    """Without a line that a killed run left unfinished, which is cut off."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_whole(path, whole)
+    return read_starts(path)
+
+
+def _play(
+    args: argparse.Namespace, policies: list[PolicySpec], harness: HarnessSpec, starts: list[Start], results: Results
+) -> None:
+    rank: Counter[tuple[str, str]] = Counter()
+    filmed = set()
+    for start in starts:
+        rank[start[:2]] += 1
+        if rank[start[:2]] <= args.videos:
+            filmed.add(start)
+    jobs = [
+        Play(policy, start, _film(args.output, policy, start) if start in filmed else None)
+        for policy in policies
+        for start in starts
+        if not results.has_outcome(start.key(policy.name))
+    ]
+    if not jobs:
+        return
+    errors: list[Episode] = []
+    solved: Counter[str] = Counter()
+    played: Counter[str] = Counter()
+    with tqdm(
+        desc="episodes", total=len(policies) * len(starts), initial=len(policies) * len(starts) - len(jobs)
+    ) as bar:
+
+        def keep(episode: Start | Episode) -> None:
+            assert isinstance(episode, Episode)
+            results.add(episode)
+            bar.update()
+            if episode.error is not None:
+                errors.append(episode)
+                tqdm.write(f"{episode.policy}, {episode.task}, seed {episode.seed}: {episode.error}", file=sys.stderr)
+                if len(errors) >= args.max_errors:
+                    raise UserError(
+                        f"{len(errors)} episodes ended with an error, the last: {errors[-1].error}. They count as "
+                        "neither success nor failure; run again to repeat them (--max-errors allows more)"
+                    )
+                return
+            played[episode.policy] += 1
+            solved[episode.policy] += bool(episode.success)
+            bar.set_postfix({name: f"{solved[name]}/{played[name]}" for name in played})
+
+        do_all(jobs, harness, args.workers, args.devices, keep)
+
+
+def _film(output: Path, policy: PolicySpec, start: Start) -> Path:
+    folder = "-".join(part for part in (start.task.replace("/", "-"), start.condition) if part)
+    return output / VIDEOS / folder / str(start.seed) / f"{policy.name}.mp4"
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""What a comparison says: per task and overall, paired, with what its size could not have shown."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..statistics import POWER, Pairs, mcnemar_p, paired_interval, smallest_difference, wilson_interval
+from .jobs import PolicySpec
+from .results import Episode
+
+PROTOCOLS = {
+    "robotwin": "RoboTwin's own environments with its step limits, on seeds that its scripted expert solves "
+    "(those of --starts are taken as they come)",
+    "lerobot-robotwin": (
+        "LeRobot's RoboTwin environment. Not RoboTwin's protocol: no expert check, the task's name as instruction, "
+        "clean scenes only, one step limit for all tasks unless it was set"
+    ),
+    "quickstart": "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)",
+}
+_COLOURS = ("#d1495b", "#30638e", "#edae49", "#2e933c", "#6d597a", "#3c3c3b")
+
+
+def write_report(
+    episodes: Sequence[Episode],
+    policies: Sequence[PolicySpec],
+    settings: dict[str, Any],
+    output: Path,
+    baseline: str | None = None,
+) -> dict[str, Any]:
+    """Writes report.json, report.md and report.png into `output`; returns what the first holds."""
+    report = summarise(episodes, policies, settings, baseline)
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / "report.md").write_text(markdown(report))
+    plot(report, output / "report.png")
+    return report
+
+
+def summarise(
+    episodes: Sequence[Episode], policies: Sequence[PolicySpec], settings: dict[str, Any], baseline: str | None = None
+) -> dict[str, Any]:
+    """The report, independent of the order of the episodes. What depends on the clock is under `timing` alone.
+
+    Policies are compared on the starts that each of them has an outcome for; one without any is left out of that.
+    """
+    names = [policy.name for policy in policies]
+    known = [e for e in sorted(episodes, key=lambda e: e.key) if e.policy in names]
+    outcomes = [{e.key[1:] for e in known if e.policy == name and e.error is None} for name in names]
+    shared = set.intersection(*[own for own in outcomes if own] or [set()])
+    total = len({e.key[1:] for e in known})
+    known = [e for e in known if e.error is not None or e.key[1:] in shared]
+    played = [e for e in known if e.error is None]
+    baseline = baseline or _most_evaluations(names, played)
+    kind = settings["harness"]["kind"]
+    return {
+        "environment": settings["harness"],
+        "protocol": PROTOCOLS.get(kind, f"LeRobot's environment {kind!r}, episodes by seed"),
+        "policies": {name: settings["policies"][name] for name in names},
+        "baseline": baseline,
+        "compared": {"episodes": len(shared), "of": total},
+        "tasks": [
+            {
+                "task": task,
+                "condition": condition,
+                "rows": [_row(name, own) for name in names],
+                "paired": _all_paired(names, baseline, own),
+            }
+            for (task, condition), own in _by_task(known)
+        ],
+        "overall": [_row(name, known) for name in names],
+        "paired": _all_paired(names, baseline, known),
+        "errors": [{**e.key._asdict(), "error": e.error} for e in known if e.error is not None],
+        "timing": {
+            name: {
+                **_timing(name, played),
+                "tasks": [{"task": t, "condition": c, **_timing(name, own)} for (t, c), own in _by_task(known)],
+            }
+            for name in names
+        },
+        "versions": _distinct(e.versions for e in known),
+    }
+
+
+def _by_task(episodes: Sequence[Episode]) -> list[tuple[tuple[str, str], list[Episode]]]:
+    def task(episode: Episode) -> tuple[str, str]:
+        return episode.task, episode.condition
+
+    return [(key, list(group)) for key, group in groupby(sorted(episodes, key=task), key=task)]
+
+
+def _most_evaluations(names: Sequence[str], played: Sequence[Episode]) -> str | None:
+    if len(names) < 2:
+        return None
+    evaluations = {
+        name: _mean(c.evaluations for e in played if e.policy == name for c in e.chunks) or 0 for name in names
+    }
+    return max(reversed(names), key=lambda name: evaluations[name])
+
+
+def _row(name: str, episodes: Sequence[Episode]) -> dict[str, Any]:
+    own = [e for e in episodes if e.policy == name and e.error is None]
+    solved = sum(bool(e.success) for e in own)
+    chunks = [chunk for e in own for chunk in e.chunks]
+    return {
+        "policy": name,
+        "episodes": len(own),
+        "successes": solved,
+        "success": solved / len(own) if own else None,
+        "ci95": list(wilson_interval(solved, len(own))) if own else None,
+        "errors": sum(e.policy == name and e.error is not None for e in episodes),
+        "steps_to_success": _mean(e.steps for e in own if e.success),
+        "evaluations_per_chunk": _mean(chunk.evaluations for chunk in chunks),
+        "jump": _mean(chunk.jump for chunk in chunks if chunk.jump is not None),
+    }
+
+
+def _all_paired(names: Sequence[str], baseline: str | None, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    return [_paired(name, baseline, episodes) for name in names if name != baseline and baseline is not None]
+
+
+def _paired(name: str, baseline: str, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Over the episodes that both policies finished."""
+    played = [e for e in episodes if e.error is None]
+    outcomes = {who: {e.key[1:]: bool(e.success) for e in played if e.policy == who} for who in (name, baseline)}
+    common = sorted(outcomes[name].keys() & outcomes[baseline].keys())
+    if not common:
+        return {"policy": name, "baseline": baseline, "episodes": 0}
+    pairs = Pairs.of([outcomes[name][k] for k in common], [outcomes[baseline][k] for k in common])
+    return {
+        "policy": name,
+        "baseline": baseline,
+        "episodes": pairs.total,
+        **pairs._asdict(),
+        "difference": pairs.difference,
+        "ci95": list(paired_interval(pairs)),
+        "mcnemar_p": mcnemar_p(pairs),
+        "smallest_difference": smallest_difference(pairs.total, pairs.discordant / pairs.total),
+    }
+
+
+def _timing(name: str, episodes: Sequence[Episode]) -> dict[str, Any]:
+    own = [e for e in episodes if e.policy == name and e.error is None]
+    latencies = [chunk.latency_ms for e in own for chunk in e.chunks]
+    return {
+        "chunks": len(latencies),
+        "latency_ms_median": float(np.median(latencies)) if latencies else None,
+        "latency_ms_p95": float(np.percentile(latencies, 95)) if latencies else None,
+        "seconds": sum(e.seconds for e in own),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else None
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [json.loads(each) for each in sorted({json.dumps(v, sort_keys=True) for v in values if v})]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    lines = [f"# {', '.join(report['policies'])}", "", f"Environment: {report['protocol']}.", ""]
+    if incomplete := _incomplete(report):
+        lines += [f"{incomplete} Rates, differences and latencies are of these.", ""]
+    lines += _table(report["overall"], report["timing"])
+    if len(report["tasks"]) > 1:
+        lines += ["", "## By task", ""]
+        lines += _task_lines(report)
+    if report["paired"]:
+        lines += ["", f"## Against {report['baseline']}, on the same episodes", ""]
+        lines += _paired_lines(report)
+    if report["errors"]:
+        lines += [
+            "",
+            f"{len(report['errors'])} episodes ended with an error and count as neither success nor failure:",
+            "",
+        ]
+        lines += [
+            f"- {e['policy']}, {e['task']} {e['condition']} {e['seed']}: {e['error'].splitlines()[0]}"
+            for e in report["errors"]
+        ]
+    lines += [
+        "",
+        "Versions: " + "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in report["versions"]),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _incomplete(report: dict[str, Any]) -> str:
+    """One sentence where policies have played different episodes; otherwise empty."""
+    compared = report["compared"]
+    if compared["episodes"] == compared["of"]:
+        return ""
+    return f"Incomplete: {compared['episodes']} of {compared['of']} episodes have an outcome for every policy."
+
+
+def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
+    head = ("policy", "success [95 %]", "episodes", "evaluations a chunk", "latency ms, median (p95)", "jump", "steps")
+    lines = [_line(head), _line("---" for _ in head)]
+    for row in rows:
+        clock = timing[row["policy"]]
+        cells = [
+            row["policy"],
+            _success(row),
+            f"{row['episodes']}" + (f" + {row['errors']} errors" if row["errors"] else ""),
+        ]
+        cells += [_number(row["evaluations_per_chunk"], "{:g}"), _latency(clock), _number(row["jump"], "{:.4f}")]
+        lines.append(_line([*cells, _number(row["steps_to_success"], "{:.0f}")]))
+    return [*lines, "", "Jump: difference of successive plans where they overlap or meet. Steps: to success."]
+
+
+def _task_lines(report: dict[str, Any]) -> list[str]:
+    head = ("task", "policy", "success [95 %]", "episodes", "difference [95 %]", "p", "latency ms, median (p95)")
+    lines = [_line(head), _line("---" for _ in head)]
+    for i, task in enumerate(report["tasks"]):
+        label = " ".join(part for part in (task["task"], task["condition"]) if part)
+        pairs = {pair["policy"]: pair for pair in task["paired"] if pair["episodes"]}
+        for row in task["rows"]:
+            pair = pairs.get(row["policy"])
+            told = [_difference(pair), f"{pair['mcnemar_p']:.3g}"] if pair else ["", ""]
+            clock = report["timing"][row["policy"]]["tasks"][i]
+            lines.append(_line([label, row["policy"], _success(row), row["episodes"], *told, _latency(clock)]))
+    if not report["paired"]:
+        return lines
+    return [*lines, "", f"Differences to {report['baseline']} on the same episodes; p of the exact McNemar test."]
+
+
+def _paired_lines(report: dict[str, Any]) -> list[str]:
+    head = (
+        "policy",
+        "difference [95 %]",
+        "only it / only the other",
+        "p (exact McNemar)",
+        "episodes",
+        "smallest difference",
+    )
+    lines = [_line(head), _line("---" for _ in head)]
+    for row in report["paired"]:
+        if not row["episodes"]:
+            lines.append(_line([row["policy"], *["–"] * 3, "0", "–"]))
+            continue
+        lines.append(
+            _line(
+                [
+                    row["policy"],
+                    _difference(row),
+                    f"{row['first_only']} / {row['second_only']}",
+                    _number(row["mcnemar_p"], "{:.3g}"),
+                    str(row["episodes"]),
+                    "beyond any"
+                    if row["smallest_difference"] is None
+                    else f"{100 * row['smallest_difference']:.1f} points",
+                ]
+            )
+        )
+    return [
+        *lines,
+        "",
+        f"Smallest difference: what this many paired episodes, as often discordant as these, detect with probability "
+        f"{POWER:.0%} at p < .05; a smaller one may exist and not show. The p-values stand for one comparison each.",
+    ]
+
+
+def _success(row: dict[str, Any]) -> str:
+    if row["success"] is None:
+        return "–"
+    low, high = row["ci95"]
+    return f"{row['success']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points"
+
+
+def _latency(clock: dict[str, Any]) -> str:
+    return f"{clock['latency_ms_median']:.1f} ({clock['latency_ms_p95']:.1f})" if clock["chunks"] else "–"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Success with its interval against median latency, the 95th percentile as a bar to the right."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(report["overall"]):
+        clock = report["timing"][row["policy"]]
+        if row["success"] is None or not clock["chunks"]:
+            continue
+        low, high = row["ci95"]
+        x, y = clock["latency_ms_median"], row["success"]
+        axes.errorbar(
+            x,
+            y,
+            xerr=[[0], [max(0.0, clock["latency_ms_p95"] - x)]],
+            yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
+            fmt="o",
+            capsize=3,
+            color=_COLOURS[i % len(_COLOURS)],
+            label=f"{row['policy']}: {row['evaluations_per_chunk']:g} × network, {row['episodes']} episodes",
+        )
+    axes.set(xscale="log", xlabel="latency of a chunk, ms (median, bar to p95)", ylabel="success", ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.grid(alpha=0.3)
+    if incomplete := _incomplete(report):
+        axes.set_title(incomplete, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,292 @@
+"""Processes that play episodes, each with one policy and one environment at a time."""
+
+import multiprocessing
+import signal
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import UserError
+from ...inference.session import Runner
+from .jobs import Harness, PolicySpec, Start
+from .results import Episode, provenance
+from .videos import write_frames
+
+
+@dataclass(frozen=True)
+class HarnessSpec:
+    """Which environments, by the fields of the class that plays them.
+
+    kind: "robotwin" (a checkout's own, in its own Python), "quickstart", "lerobot-robotwin" or a type of LeRobot's.
+    """
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, device: str | None) -> Harness:
+        """Imports what the environment needs. Raises UserError where it is absent."""
+        try:
+            if self.kind == "robotwin":
+                from robotwin_eval.environment import RoboTwinHarness
+
+                return RoboTwinHarness(
+                    Path(self.settings["root"]),
+                    self.settings["python"],
+                    instruction_type=self.settings["instruction_type"],
+                    device=device,
+                )
+            if self.kind == "quickstart":
+                from ..environments.quickstart import QuickstartHarness
+
+                return QuickstartHarness()
+            from ..environments.lerobot_envs import LeRobotHarness
+
+            kind = self.kind.removeprefix("lerobot-")
+            return LeRobotHarness(kind, self.settings.get("fields", {}), fast_rendering=self.settings["fast_rendering"])
+        except ImportError as error:
+            raise UserError(f"--env {self.kind}: {error}") from error
+
+
+START_METHOD = "spawn"  # CUDA does not survive a fork
+
+
+class Find(NamedTuple):
+    """Look for `episodes` starts of a task, from seed `first` on."""
+
+    task: str
+    condition: str
+    episodes: int
+    first: int
+
+
+class Play(NamedTuple):
+    """Play an episode; film: the video's file, or None."""
+
+    policy: PolicySpec
+    start: Start
+    film: Path | None
+
+
+Job = Find | Play
+Report = Callable[[Start | Episode], None]
+
+
+class Player:
+    """Does jobs in this process."""
+
+    def __init__(self, harness: HarnessSpec, device: str | None) -> None:
+        self._spec, self._device = harness, device
+        commit = harness.settings.get("commit")
+        self._versions = provenance() | ({"robotwin": commit} if commit else {})
+        self._harness: Harness | None = None
+        self._loaded: tuple[PolicySpec, Runner] | None = None
+
+    def do(self, job: Job, report: Report) -> None:
+        """Reports starts or an episode. Raises UserError where no other episode could go better."""
+        if self._harness is None:
+            self._harness = self._spec.make(self._device)
+        if isinstance(job, Find):
+            self._harness.find_starts(*job, report)
+        else:
+            report(self._play(job))
+
+    def close(self) -> None:
+        if self._harness is not None:
+            self._harness.close()
+
+    def _play(self, job: Play) -> Episode:
+        assert self._harness is not None
+        runner, start, begin = self._runner(job.policy), job.start, time.perf_counter()
+        values: dict[str, Any] = {
+            "policy": job.policy.name,
+            "versions": {**self._versions, "device": _device_name(runner)},
+        }
+        values |= {"task": start.task, "condition": start.condition, "seed": start.seed}
+        try:
+            outcome = self._harness.play(
+                start, runner, noise_seed(start), job.policy.rename_map, film=job.film is not None
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            self._harness.close()  # whatever state it is in
+            values |= {"instruction": start.instruction or "", "success": None, "steps": 0}
+            return Episode(**values, seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {error}")
+        if job.film is not None and outcome.frames:
+            write_frames(job.film, outcome.frames)
+        values |= {"instruction": outcome.instruction, "success": outcome.success, "steps": outcome.steps}
+        return Episode(**values, seconds=time.perf_counter() - begin, chunks=outcome.chunks)
+
+    def _runner(self, spec: PolicySpec) -> Runner:
+        if self._loaded is None or self._loaded[0] != spec:
+            self._loaded = None  # frees the last one first, with what the harness holds of it
+            assert self._harness is not None
+            self._harness.close()
+            runner = Runner.load(
+                spec.path,
+                execution_horizon=spec.horizon,
+                device=self._device,
+                num_inference_steps=spec.steps,
+                inference_engine=spec.engine,
+                sampler=spec.sampler,
+                warm_start=spec.warm_start,
+                test_time_samples=spec.samples,
+                noise_temperature=spec.temperature,
+            )
+            runner.warm_up()
+            self._loaded = spec, runner
+        return self._loaded[1]
+
+
+def _device_name(runner: Runner) -> str:
+    import torch
+
+    device = torch.device(runner.describe()["device"])
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def noise_seed(start: Start) -> int:
+    """Of the policy's noise: every policy meets an episode with the same one."""
+    return zlib.crc32(f"{start.task}/{start.condition}/{start.seed}".encode())
+
+
+def _main(connection: Connection, harness: HarnessSpec, device: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison ends its workers
+    player = Player(harness, device)
+    try:
+        while (job := connection.recv()) is not None:
+            try:
+                player.do(job, connection.send)
+            except UserError as error:
+                connection.send(error)
+            connection.send(None)
+    except (EOFError, BrokenPipeError):
+        pass  # the comparison has ended or was killed
+    finally:
+        player.close()
+
+
+class _Worker:
+    def __init__(self, start: Callable[[], tuple[Any, Connection]]) -> None:
+        self._start = start
+        self.policy: PolicySpec | None = None
+        self.job: Job | None = None
+        self.process, self.connection = start()
+
+    def restart(self) -> None:
+        self.connection.close()
+        self.process, self.connection = self._start()
+        self.policy = None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        self.policy = job.policy if isinstance(job, Play) else self.policy
+        self.connection.send(job)
+
+    def died(self) -> str:
+        self.process.join(timeout=10)
+        return f"its process ended with exit code {self.process.exitcode}"
+
+
+@contextmanager
+def _workers(count: int, devices: Sequence[str | None], harness: HarnessSpec) -> Iterator[list[_Worker]]:
+    context = multiprocessing.get_context(START_METHOD)
+
+    def starter(device: str | None) -> Callable[[], tuple[Any, Connection]]:
+        def start() -> tuple[Any, Connection]:
+            ours, theirs = context.Pipe()
+            process = context.Process(  # type: ignore[attr-defined]
+                target=_main, args=(theirs, harness, device), daemon=True
+            )
+            process.start()
+            theirs.close()
+            return process, ours
+
+        return start
+
+    workers = [_Worker(starter(devices[i % len(devices)])) for i in range(count)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            if worker.job is None and worker.process.is_alive():
+                try:
+                    worker.connection.send(None)
+                    worker.process.join(timeout=10)
+                except OSError:
+                    pass
+            worker.process.terminate()
+            worker.connection.close()
+
+
+def do_all(
+    jobs: Sequence[Job], harness: HarnessSpec, count: int, devices: Sequence[str | None], report: Report
+) -> None:
+    """Does the jobs on `count` processes (0: in this one) and reports as they end. Raises the first UserError.
+
+    A worker keeps its policy as long as there are jobs for it. An episode whose process dies ends with an error.
+    """
+    if count == 0:
+        player = Player(harness, devices[0])
+        try:
+            for job in jobs:
+                player.do(job, report)
+        finally:
+            player.close()
+        return
+    pending = list(jobs)
+    with _workers(min(count, len(pending)), devices, harness) as workers:
+        for worker in workers:
+            worker.give(_next(pending, worker.policy))
+        busy = {worker.connection: worker for worker in workers}
+        while busy:
+            for connection in wait(list(busy)):
+                worker = busy.pop(connection)  # type: ignore[call-overload]
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, ConnectionResetError):
+                    if worker.job is not None:
+                        report(_epitaph(worker))
+                    worker.restart()
+                    message = None
+                if isinstance(message, UserError):
+                    raise message
+                if message is not None:
+                    report(message)
+                    worker.job = None if isinstance(message, Episode) else worker.job
+                    busy[worker.connection] = worker
+                    continue
+                worker.job = None
+                if pending:
+                    worker.give(_next(pending, worker.policy))
+                    busy[worker.connection] = worker
+
+
+def _next(pending: list[Job], policy: PolicySpec | None) -> Job:
+    same = (i for i, job in enumerate(pending) if isinstance(job, Play) and job.policy == policy)
+    return pending.pop(next(same, 0))
+
+
+def _epitaph(worker: _Worker) -> Episode:
+    job, error = worker.job, worker.died()
+    if not isinstance(job, Play):
+        raise UserError(f"looking for starts failed: {error}, see its output above")
+    start = job.start
+    return Episode(
+        policy=job.policy.name,
+        task=start.task,
+        condition=start.condition,
+        seed=start.seed,
+        instruction=start.instruction or "",
+        success=None,
+        steps=0,
+        seconds=0.0,
+        error=error,
+    )

@@ -1,0 +1,150 @@
+"""MetaWorld tasks as LeRobot's `MetaworldEnv` sets them up, without its rendering of every step.
+
+Rendering needs OpenGL without a display. MuJoCo reads MUJOCO_GL when it is imported, so `usable_backend` tries the
+candidates in processes of their own, and its answer belongs into the environment before anything imports MuJoCo.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.resources import files
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import mujoco
+
+STATE_DIM = 4  # hand position and gripper opening
+ACTION_DIM = 4  # hand displacement and gripper effort, each in [-1, 1]
+STEP_RATE = 80  # simulator steps a second
+
+_TURNED_CAMERA = "corner2"  # upside down in MetaWorld; LeRobot turns it and moves it closer
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><geom size="1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 64, 64) as renderer:
+    renderer.update_scene(data)
+    assert renderer.render().any(), "the picture is black"
+"""
+_INSTALL = """MuJoCo cannot draw without a display: no OpenGL backend works on this machine.
+Debian, Ubuntu: `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri` (EGL), or `apt-get install libosmesa6` (slower).
+What was tried:
+"""
+
+
+def usable_backend() -> str:
+    """The value of MUJOCO_GL to use: the one already set, else EGL, else OSMesa, whichever draws first.
+
+    Raises RuntimeError with what to install where none does.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    candidates = [chosen] if chosen is not None else ["egl", "osmesa"] if sys.platform == "linux" else [""]
+    failures = []
+    for name in candidates:
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE], env={**os.environ, "MUJOCO_GL": name}, capture_output=True, text=True
+        )
+        if probe.returncode == 0:
+            return name
+        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+        failures.append(f"  MUJOCO_GL={name or '(unset)'}: {reason}")
+    raise RuntimeError(_INSTALL + "\n".join(failures))
+
+
+def description(task: str) -> str:
+    """The task in LeRobot's words, a policy's prompt. Raises KeyError for an unknown task."""
+    return json.loads((files("lerobot") / "envs/metaworld_config.json").read_text())["TASK_DESCRIPTIONS"][task]
+
+
+def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """MetaWorld's scripted expert: raw observation -> action in [-1, 1]."""
+    from metaworld.policies import ENV_POLICY_MAP
+
+    warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")  # they are clipped here
+    policy = ENV_POLICY_MAP[task]()  # type: ignore[abstract]  # every entry is a concrete class
+    return lambda raw: np.clip(policy.get_action(raw), -1, 1).astype(np.float64)
+
+
+class Simulator:
+    """One MetaWorld task. Raw observations are MetaWorld's (39,); a policy sees `state_of(raw)` and `render()`."""
+
+    def __init__(
+        self,
+        task: str,
+        camera: str = _TURNED_CAMERA,
+        action_repeat: int = 1,
+        renderers: "dict[int, mujoco.Renderer] | None" = None,
+    ) -> None:
+        """task: MetaWorld's name, such as "window-open-v3"; action_repeat: simulator steps that execute one action.
+
+        renderers: by size; simulators of one task may share them, for one takes a second to make and tens of MB.
+        """
+        import metaworld
+
+        self.task, self.camera, self.action_repeat = task, camera, action_repeat
+        benchmark = metaworld.MT1(task, seed=42)
+        self._env = benchmark.train_classes[task]()
+        self._env.set_task(benchmark.train_tasks[0])
+        if camera == _TURNED_CAMERA:
+            self._env.model.cam_pos[2] = [0.75, 0.075, 0.7]
+        self._env.reset()
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+        self._renderers = {} if renderers is None else renderers
+
+    def reset(self, seed: int) -> NDArray[np.float64]:
+        """The raw observation of the start that `seed` draws."""
+        self._env.seed(seed)
+        return self._env.reset(seed=seed)[0]
+
+    def step(self, action: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
+        """Executes one action: the raw observation after it, and whether the task was solved meanwhile."""
+        for _ in range(self.action_repeat):
+            raw, _, _, _, info = self._env.step(np.clip(action, -1, 1))
+            if info["success"]:
+                return raw, True
+        return raw, False
+
+    def render(self, size: int) -> NDArray[np.uint8]:
+        """What the camera sees, (size, size, 3)."""
+        if size not in self._renderers:
+            self._renderers[size] = self._make_renderer(size)
+        renderer = self._renderers[size]
+        renderer.update_scene(self._env.data, camera=self.camera)
+        image = renderer.render()
+        return np.ascontiguousarray(image[::-1, ::-1] if self.camera == _TURNED_CAMERA else image)
+
+    def _make_renderer(self, size: int) -> "mujoco.Renderer":
+        import mujoco
+
+        # Shadows and multisampling cost more than everything else together where a CPU draws.
+        model = self._env.model
+        model.vis.quality.offsamples = 0
+        model.vis.quality.shadowsize = 0
+        renderer = mujoco.Renderer(model, size, size)
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return renderer
+
+    def close(self) -> None:
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def state_of(raw: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The agent's state (4,) in a raw observation."""
+    return raw[:STATE_DIM].astype(np.float32)

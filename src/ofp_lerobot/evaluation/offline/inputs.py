@@ -1,0 +1,163 @@
+"""Checkpoint, processors and episodes in, with an answer in one line where they do not fit each other."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from httpx import HTTPError  # of the Hub's client
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from ...checkpoints.reader import load_adapter, load_processors, use_teacher
+from ...policies.ofp import weights
+from ...policies.ofp.configuration_ofp import OFPConfig
+from ...policies.ofp.modeling_ofp import OFPPolicy
+from .errors import CheckError
+
+HELD_OUT_SHARE = 0.1  # of the episodes, where nothing says what training left out
+
+
+class Checkpoint(NamedTuple):
+    """A policy and what turns dataset items into its batches and its actions into the dataset's."""
+
+    policy: OFPPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+
+    @property
+    def rename_map(self) -> dict[str, str]:
+        """Names in the dataset -> names in the policy."""
+        maps = [getattr(step, "rename_map", {}) for step in self.preprocessor.steps]
+        return next((names for names in maps if names), {})
+
+
+# Policy
+
+
+def load_checkpoint(source: str | Path, config: OFPConfig, which: str, rename_map: dict[str, str] | None) -> Checkpoint:
+    """Policy with the student's or the teacher's weights, and the checkpoint's own processors."""
+    processors = load_processors(source, config, rename_map)
+    try:
+        policy = load_adapter(source, config) if config.use_peft else OFPPolicy.from_pretrained(source, config=config)
+    except (ValueError, OSError) as error:
+        raise CheckError(error) from error
+    if which == "teacher":
+        use_teacher(policy, source)
+    return Checkpoint(policy.eval(), *processors)
+
+
+# Data
+
+
+def load_metadata(repo_id: str | None, root: Path | None) -> LeRobotDatasetMetadata:
+    if repo_id is None:
+        assert root is not None
+        if not (root / "meta" / "info.json").is_file():
+            raise CheckError(f"--root {root} is no LeRobotDataset (it has no meta/info.json)")
+        repo_id = f"local/{root.resolve().name}"
+    try:
+        return LeRobotDatasetMetadata(repo_id, root)
+    except (OSError, ValueError, NotImplementedError, HTTPError) as error:
+        raise CheckError(f"dataset {repo_id} cannot be loaded from {root or 'cache or Hub'}: {error}") from error
+
+
+def training_dataset(source: str | Path) -> dict[str, Any] | None:
+    """The `dataset` section of the checkpoint's training configuration, None where it has none."""
+    try:
+        path = weights.find_file(source, "train_config.json")
+    except FileNotFoundError:  # offline, and not in the cache
+        return None
+    return json.loads(path.read_text()).get("dataset") if path is not None else None
+
+
+def trained_episodes(metadata: LeRobotDatasetMetadata, training: dict[str, Any] | None) -> set[int] | None:
+    """The episodes of this dataset that training used, None where that is not known.
+
+    LeRobot holds out the last `eval_split` of each task's episodes.
+    """
+    if training is None or training.get("repo_id") != metadata.repo_id:
+        return None
+    listed = training.get("episodes")
+    episodes = range(metadata.total_episodes) if listed is None else listed
+    split = training.get("eval_split", 0.0)
+    assert metadata.episodes is not None
+    tasks, by_task = metadata.episodes["tasks"], dict[str, list[int]]()
+    for episode in episodes:
+        by_task.setdefault(tasks[episode][0] if tasks[episode] else "", []).append(episode)
+    return {episode for group in by_task.values() for episode in group[: len(group) - math.ceil(len(group) * split)]}
+
+
+def choose_episodes(
+    metadata: LeRobotDatasetMetadata, wanted: list[int] | None, training: dict[str, Any] | None
+) -> tuple[list[int], str]:
+    """Episodes to check on, and why these."""
+    total = metadata.total_episodes
+    if wanted is not None:
+        if wanted[-1] >= total:
+            raise CheckError(f"--episodes: {metadata.repo_id} has episodes 0 to {total - 1}, not {wanted[-1]}")
+        return wanted, "as asked"
+    trained = trained_episodes(metadata, training)
+    if trained and training and training.get("eval_split"):
+        listed = training.get("episodes") or range(total)
+        return sorted(set(listed) - trained), f"training held them out by eval_split={training['eval_split']}"
+    if total == 0:
+        raise CheckError(f"{metadata.repo_id} has no episodes")
+    return list(range(total - math.ceil(total * HELD_OUT_SHARE), total)), f"the last {HELD_OUT_SHARE:.0%}, by default"
+
+
+def held_out(metadata: LeRobotDatasetMetadata, episodes: list[int], training: dict[str, Any] | None) -> bool | None:
+    """Whether training has seen none of the episodes, None where that is not known."""
+    trained = trained_episodes(metadata, training)
+    return None if trained is None else trained.isdisjoint(episodes)
+
+
+def check_features(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> None:
+    """Raises CheckError where the dataset lacks a camera of the policy, or state or action have another size."""
+    config, rename = checkpoint.policy.config, checkpoint.rename_map
+    found = {rename.get(key, key): feature for key, feature in metadata.features.items()}
+    expected = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
+    if missing := [key for key in expected if key not in found]:
+        cameras = list(metadata.camera_keys)
+        example = json.dumps(dict(zip(cameras, missing, strict=False)))
+        raise CheckError(
+            f"the policy's cameras are {expected}, the dataset's {cameras}: name them alike with "
+            f"--rename_map='{example}'"
+        )
+    for key, feature in ((OBS_STATE, config.robot_state_feature), (ACTION, config.action_feature)):
+        if feature is None:
+            continue
+        shape = tuple(found[key]["shape"]) if key in found else None
+        if shape != tuple(feature.shape):
+            there = "is missing in" if shape is None else f"has {shape[0]} dimensions in"
+            raise CheckError(
+                f"{key} {there} {metadata.repo_id}, the policy has {feature.shape[0]}: the policy was not trained on "
+                "data of this kind"
+            )
+
+
+def load_episodes(
+    metadata: LeRobotDatasetMetadata, root: Path | None, config: OFPConfig, episodes: list[int]
+) -> LeRobotDataset:
+    """Items hold the policy's action chunk and `action_is_pad`."""
+    try:
+        return LeRobotDataset(
+            metadata.repo_id,
+            root=root,
+            episodes=episodes,
+            delta_timestamps=resolve_delta_timestamps(config, metadata),
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        raise CheckError(f"episodes of {metadata.repo_id} cannot be loaded: {error}") from error
+
+
+def action_names(metadata: LeRobotDatasetMetadata) -> list[str]:
+    """Names of the action's dimensions, numbers where the dataset has none."""
+    feature = metadata.features[ACTION]
+    names = feature.get("names")
+    if isinstance(names, dict):  # some datasets group them: {"motors": [...]}
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    size = feature["shape"][0]
+    return [str(name) for name in names] if names and len(names) == size else [str(i) for i in range(size)]

@@ -1,0 +1,125 @@
+"""The verdict in words, from stated thresholds."""
+
+from typing import Any, NamedTuple
+
+from ...objectives.monitor import HEALTHY_STD_RATIO
+
+# Design notes: the size of one-step samples against the data's leaves [.7, 1.4] under over-guidance and nowhere else
+# shows it; the same band is held against the spread over noises, which falls under mode averaging and dropping. "As
+# good" allows a fifth more squared error, the notes' bar for two steps against ten.
+THRESHOLDS = {
+    "std_ratio": list(HEALTHY_STD_RATIO),
+    "spread_ratio": list(HEALTHY_STD_RATIO),
+    "error_ratio": round(1.2**0.5, 3),
+    "telling_spread": 0.05,  # below this share of the demonstrations' deviation a spread says nothing
+}
+
+
+class Verdict(NamedTuple):
+    """label: as_good, worse, undecided, collapsed, scattered, over_guided, wrong_size or not_following."""
+
+    about: str
+    label: str
+    text: str
+
+
+def judge(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Verdicts on the network at ten steps (only where it does not follow the data), at one and at two."""
+    policy = _not_following(result)
+    return [v._asdict() for v in [*policy, *(_judge_few(result, way) for way in ("one", "two"))]]
+
+
+def _not_following(result: dict[str, Any]) -> list[Verdict]:
+    """Against the best constant action: worse than it is no sign of having learnt these demonstrations."""
+    error, constant = result["normalised"]["ten"]["error"], result["demonstrations"]["constant_error"]
+    if error < constant:
+        return []
+    text = (
+        f"ten steps do not follow these demonstrations: their error {error:.3g} is no smaller than that of always "
+        f"giving the mean action, {constant:.3g}. Comparing one step with them says little: check cameras, dataset "
+        "and statistics, or train longer"
+    )
+    return [Verdict("ten", "not_following", text)]
+
+
+def _judge_few(result: dict[str, Any], way: str) -> Verdict:
+    """The first rule that applies: size of the actions, spread over noises, error."""
+    few, ten = result["normalised"][way], result["normalised"]["ten"]
+    error, spread = (result["ratios_to_ten"][way][name] for name in ("error", "spread"))
+    words, is_, has = ("one step", "is", "has") if way == "one" else ("two steps", "are", "have")
+    (low, high), (thin, wide), allowed = (THRESHOLDS[n] for n in ("std_ratio", "spread_ratio", "error_ratio"))
+    telling = max(few["spread"], ten["spread"]) >= THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]
+    numbers = (
+        f"error ratio {error['value']:.2f} [{error['low']:.2f}, {error['high']:.2f}] "
+        f"(paired bootstrap over {result['bootstrap']['count']} {result['bootstrap']['unit']})"
+    )
+    sizes = (
+        f"{few['std_ratio']:.2f} times the demonstrations' deviation, with ten {ten['std_ratio']:.2f} "
+        f"(healthy {low} to {high})"
+    )
+    spreads = f"spread {spread['value']:.2f} of ten steps'"
+    tail = f"{numbers}, {spreads if telling else 'ten steps hardly vary here, so the spread cannot tell'}"
+    rules = (
+        (
+            few["std_ratio"] > high and ten["std_ratio"] > high,
+            "wrong_size",
+            f"{words}: the actions have {sizes}: training diverged, or the statistics belong to other data",
+        ),
+        (
+            few["std_ratio"] > high,
+            "over_guided",
+            f"over-guided: with {words} the actions have {sizes}: lower "
+            "--policy.consistency_weight, with objective=ofp_paper --policy.ofp_paper.guidance_weight, and train again",
+        ),
+        (
+            telling and spread["value"] < thin,
+            "collapsed",
+            f"{words} {has} collapsed: {spreads} (healthy {thin} to {wide}). Answers near the mean of several ways can "
+            f"have a low error and still fail; {numbers}",
+        ),
+        (
+            few["std_ratio"] < low <= ten["std_ratio"],
+            "collapsed",
+            f"{words} {has} collapsed: the actions have {sizes}; {numbers}",
+        ),
+        (
+            telling and spread["value"] > wide,
+            "scattered",
+            f"{words} {is_} noisier than ten: {spreads} (healthy {thin} to {wide}); {numbers}. Train longer",
+        ),
+        (error["high"] <= allowed, "as_good", f"{words} {is_} as good as ten on this data: {tail}"),
+        (error["low"] > allowed, "worse", f"{words} {is_} worse than ten on this data: {tail}"),
+        (True, "undecided", f"{words}: not decided, check more frames or episodes (bar {allowed}): {tail}"),
+    )
+    return next(Verdict(way, label, text) for applies, label, text in rules if applies)
+
+
+def limits(result: dict[str, Any]) -> list[str]:
+    """What the numbers cannot say, for this run."""
+    told = [
+        "Open-loop error is not success: on a robot errors add up, and the mean of several good answers has a low "
+        "error though it may be none of them. Read error and spread together, then try it.",
+        "Ten steps means the same weights: what training did to them shows by checking the starting checkpoint too.",
+    ]
+    asked = result["checkpoint"]
+    if (asked["test_time_samples"], asked["noise_temperature"]) != (1, 1):
+        told.append(
+            f"Single answers from full noise were measured; the checkpoint asks for test_time_samples="
+            f"{asked['test_time_samples']}, noise_temperature={asked['noise_temperature']:g}."
+        )
+    if result["bootstrap"]["unit"] == "frames":
+        told.append("Frames of one episode are alike, so the intervals are too narrow: check 8 episodes or more.")
+    if result["data"]["held_out"] is False:
+        told.append(
+            "NOT held out: training used some of these episodes. Train with --dataset.eval_split=0.1 to keep some out."
+        )
+    if result["data"]["held_out"] is None:
+        told.append("The checkpoint does not say whether training used these episodes.")
+    successive = result["successive"]
+    if successive and "one_warm" in successive:
+        told.append("Warm start can hide a broken one-step map: judge the rows without it.")
+    if result["latency_ms"]:
+        told.append(
+            "Latency is this machine's for one observation, without pre- and postprocessing and with compile_model off."
+        )
+    return told

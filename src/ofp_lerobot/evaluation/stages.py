@@ -1,0 +1,53 @@
+"""Stages that are done once: each has a directory with a stamp that says with which settings it was finished."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from .provenance import provenance
+
+STAMP = "stamp.json"
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings, default=lambda x: asdict(x) if is_dataclass(x) else str(x)))  # type: ignore[arg-type]
+
+
+def is_done(directory: Path, settings: Any) -> bool:
+    """Whether `directory` holds a stage finished with exactly these settings."""
+    stamp = directory / STAMP
+    return stamp.is_file() and json.loads(stamp.read_text())["settings"] == plain(settings)
+
+
+def seconds_taken(directory: Path) -> float:
+    """How long a finished stage took."""
+    return json.loads((directory / STAMP).read_text())["seconds"]
+
+
+def made_by(directories: Iterable[Path]) -> dict[str, Any]:
+    """Versions, machine and commit of the finished stages; several commits are all named."""
+    found = [json.loads((directory / STAMP).read_text())["provenance"] for directory in directories]
+    commits = sorted({str(one["commit"]) for one in found})
+    return {
+        **found[-1],
+        "commit": ", ".join(commits),
+        "uncommitted_changes": any(one["uncommitted_changes"] for one in found),
+    }
+
+
+@contextmanager
+def stage(directory: Path, settings: Any) -> Iterator[None]:
+    """Empties `directory` for new work and stamps it when the work ends without an error."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    start = perf_counter()
+    yield
+    stamp = {"settings": plain(settings), "seconds": round(perf_counter() - start, 1), "provenance": provenance()}
+    (directory / STAMP).write_text(json.dumps(stamp, indent=2))

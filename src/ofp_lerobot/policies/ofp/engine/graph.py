@@ -1,0 +1,109 @@
+"""A program recorded once as a CUDA graph and replayed with new inputs."""
+
+from collections.abc import Callable, Iterator
+from threading import RLock
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+RECORDING = RLock()
+"""Held while recording: one at a time in a process. PyTorch's bookkeeping of captures is one for all threads."""
+
+
+class Inputs(NamedTuple):
+    """What changes from call to call, see `program.answer`."""
+
+    images: tuple[Tensor, ...]
+    tokens: Tensor
+    token_mask: Tensor
+    x: Tensor
+    grid: Tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.images
+        yield from self[1:]
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(tuple(image.to(device) for image in self.images), *(t.to(device) for t in self[1:]))
+
+    @classmethod
+    def empty(cls, images: Any, text: int, actions: torch.Size, steps: int, device: torch.device) -> Self:
+        """Inputs of these shapes, of a prompt of padding; images: shape (b, ...) and dtype of each."""
+        b = images[0][0][0]
+        return cls(
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in images),
+            torch.zeros(b, text, dtype=torch.long, device=device),
+            torch.zeros(b, text, dtype=torch.bool, device=device),
+            torch.zeros(actions, device=device),
+            torch.linspace(1, 0, steps + 1, device=device),
+        )
+
+
+class Turn:
+    """The replays of a device, which wait for each other whatever stream or thread their callers are on.
+
+    Recordings of one stream share cuBLAS's workspace, and streams come from a small pool: graphs of two engines could
+    write to the same one. Waiting is done by the device and costs a microsecond.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.cuda.Event()
+
+    def begin(self) -> None:
+        self._free.wait()
+
+    def end(self) -> None:
+        self._free.record()
+
+    def synchronise(self) -> None:
+        """Waits on the host until no replay is under way."""
+        self._free.synchronize()
+
+
+_turns: dict[int, Turn] = {}
+
+
+def turn_of(device: torch.device) -> Turn:
+    """The one of a device."""
+    with RECORDING:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _turns.setdefault(index, Turn())
+
+
+class Graph:
+    """`run(*inputs)` for inputs of fixed shapes: one launch, no host synchronisation.
+
+    Made on the current device. pool: of `torch.cuda.graph_pool_handle`, for graphs that share their turn.
+    """
+
+    def __init__(self, run: Callable[..., Tensor], inputs: Inputs, turn: Turn, pool: Any) -> None:
+        self._inputs = inputs
+        self._turn = turn
+        self._staged = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in inputs.tensors()]
+        self._uploaded = torch.cuda.Event()
+        # A stream of this device: torch.cuda.graph's own is of the device that recorded first in the process.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run(*inputs)  # libraries choose their kernels, and Triton compiles, outside the recording
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            self._actions = run(*inputs)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Host inputs go through page-locked memory, so that the host need not wait for the copy."""
+        self._turn.begin()
+        self._uploaded.synchronize()  # of the call before: its copies have left the page-locked memory
+        for static, staged, new in zip(self._inputs.tensors(), self._staged, inputs.tensors(), strict=True):
+            static.copy_(staged.copy_(new) if new.device.type == "cpu" else new, non_blocking=True)
+        self._uploaded.record()
+        self._graph.replay()
+        actions = self._actions.clone()
+        self._turn.end()
+        return actions
+
+    def synchronise(self) -> None:
+        """Waits on the host until no replay on the device is under way."""
+        self._turn.synchronise()

@@ -1,0 +1,288 @@
+"""What the policies share: training by an objective with its teacher and schedules, resuming, acting in chunks.
+
+Times: t = 1 noise, t = 0 action. b is the batch, horizon is `chunk_size`; actions are normalised throughout.
+"""
+
+import logging
+import os
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.common.vla_utils import pad_vector
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
+from torch import Generator, Tensor
+
+from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
+from ..flow_map.path import Velocity, warm_start
+from ..flow_map.randomness import folded_generator
+from ..flow_map.selection import densest
+from ..objectives import OBJECTIVES
+from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
+from .scalars import LaggingScalars
+from .training_state import TrainingState, save_training_state, state_path
+
+logger = logging.getLogger(__name__)
+
+_PAD = "action_is_pad"  # LeRobot's mark of chunk steps past the episode's end
+_TRAIN, _EVALUATE, _MONITOR = 0, 1, 2  # streams of randomness
+
+
+class FlowMapPolicy(PreTrainedPolicy):
+    """A policy over a network `self.model`, which a subclass makes before it calls `_init_training`.
+
+    prefix = model.encode(*self._prepare_observation(batch)) with the methods `detach()` and `head(rows)`, and
+    u = model(prefix, x_t, t, r, keep, row), a `flow_map.path.Velocity` once the prefix is bound.
+    """
+
+    config_class: Any = PreTrainedConfig
+    name: Any = "flow_map"
+    config: Any  # with the fields of `configuration.FlowMapConfig`, chunk_size and max_action_dim
+    model: Any
+    encoder: str
+    """Start of the names of the network's parameters that only `encode` reads; the teacher has none of these."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # FSDP1 shards what the prefix pass and the teacher read outside `forward` of the wrapped modules.
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ValueError(
+                f"policy {self.name!r} does not run under FSDP: launch with DDP (accelerate launch --multi_gpu), and "
+                "save memory with train_expert_only, gradient_checkpointing or PEFT"
+            )
+
+    def _init_training(self) -> None:
+        config = self.config
+        self._objective = OBJECTIVES[config.objective]
+        self._teacher: Weights | None = None
+        self._seed: int | None = None
+        self._step = 0  # optimizer steps taken
+        self._calls = 0  # training batches since the last of them, or evaluation batches since the last training one
+        self._resumed: TrainingState | None = None
+        self._scalars = LaggingScalars()
+        self._diagnosis: dict[str, Tensor] = {}
+        self._was_healthy = False
+        config.on_save(self._save_training_state)
+        self.reset()
+
+    def _prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Any, ...]:
+        """What `encode` takes."""
+        raise NotImplementedError
+
+    # Training
+
+    def _save_training_state(self, directory: Path) -> None:
+        path = state_path(directory)
+        if path is not None and self._seed is not None:
+            save_training_state(path, TrainingState(self._teacher or {}, self._step, self._seed))
+
+    def get_optim_params(self) -> list[torch.nn.Parameter]:  # type: ignore[override]
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> Self:
+        if not (mode and self.training):
+            self._calls = 0
+        return super().train(mode)
+
+    def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """Training loss of a preprocessed batch, scalar or with reduction="none" (b,), and scalars to log.
+
+        Padded steps (`action_is_pad`) and padded action dimensions do not enter. Outside training mode the noise is
+        the same at every evaluation. Raises ValueError where actions are not finite; on a GPU one call late, until
+        when they are masked.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        if self.training and self._seed is None:
+            self._begin_training()
+        actions, mask, finite = self._prepare_actions(batch)
+        prefix = self.model.encode(*self._prepare_observation(batch))
+        draws = self.config.num_noise_draws
+        losses = self._objective.function(
+            self._bind(prefix),
+            self._bind_teacher(prefix.detach()),
+            actions.repeat(draws, 1, 1),
+            mask.repeat(draws, 1, 1),
+            self.config,
+            self._step,
+            self._generator(_TRAIN if self.training else _EVALUATE, actions.device),
+        )
+        per_sample = losses.loss.unflatten(0, (draws, len(actions))).mean(dim=0)
+        loss = per_sample.mean()
+        due = self.config.monitor_freq and (self._step % self.config.monitor_freq == 0 or not self._diagnosis)
+        if self.training and due:
+            self._diagnosis = diagnose(
+                self._bind(prefix.detach().head(ROWS)),
+                actions[:ROWS],
+                mask[:ROWS],
+                self._generator(_MONITOR, actions.device),
+            )
+        self._calls += 1
+        logs = self._log(
+            {
+                "loss": loss,
+                **losses.logs,
+                **(self._diagnosis if self.training else {}),
+                "finite": finite & torch.isfinite(loss),
+            }
+        )
+        return (loss if reduction == "mean" else per_sample), logs
+
+    def update(self) -> None:
+        """After each optimizer step (LeRobot calls it): the teacher follows, a schedule moves on."""
+        if self._teacher:
+            update_ema(self._teacher, self._student_weights(), TEACHER_DECAY)
+        self._step += 1
+        self._calls = 0
+
+    def _begin_training(self) -> None:
+        student = self._student_weights()
+        if not student and self._objective.needs_teacher:
+            raise ValueError("no parameter of the action expert is trainable: check peft and train_expert_only")
+        if self._resumed is not None:
+            self._step, self._seed = self._resumed.step, self._resumed.seed
+            self._teacher = self._resumed.teacher
+            if self._objective.needs_teacher and self._teacher.keys() != student.keys():
+                raise ValueError("cannot resume: the saved teacher has other parameters than the ones that train now")
+            self._teacher = {name: w.to(student[name].device) for name, w in self._teacher.items()}
+            self._resumed = None
+        else:
+            self._seed = torch.initial_seed() % 2**63  # LeRobot has just set it from --seed
+            self._teacher = copy_weights(student) if self._objective.needs_teacher else {}
+
+    def _student_weights(self) -> dict[str, Tensor]:
+        """The trainable parameters of the action side, by their name in the network."""
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith(self.encoder)
+        }
+
+    def _generator(self, stream: int, device: torch.device) -> Generator:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        step = 0 if stream == _EVALUATE else self._step
+        return folded_generator(device, self._seed or 0, stream, step, self._calls, rank)
+
+    def _bind(self, prefix: Any) -> Velocity:
+        return partial(self.model, prefix)
+
+    def _bind_teacher(self, prefix: Any) -> Velocity:
+        """The teacher over the student's prefix; before any training the student itself."""
+        if not self._teacher:
+            return self._bind(prefix)
+        parameters = self._student_weights()
+        teacher = {name: w.to(parameters[name].dtype) for name, w in self._teacher.items()}
+
+        def velocity(*args: Any, **kwargs: Any) -> Tensor:
+            return torch.func.functional_call(self.model, teacher, (prefix, *args), kwargs)
+
+        return velocity
+
+    def _log(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        # Evaluation batches log other names, and are rare: they wait for their own.
+        logs = (self._scalars if self.training else LaggingScalars()).read(scalars)
+        if not logs.pop("finite"):
+            raise ValueError(
+                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset and its "
+                "statistics, and --policy.optimizer_lr"
+            )
+        ratio, (low, high) = logs.get("one_step_std_ratio"), HEALTHY_STD_RATIO
+        if ratio is not None:
+            healthy = low <= ratio <= high
+            if self._was_healthy and not healthy:
+                logger.warning(
+                    "one-step samples have %.2f times the deviation of the data (healthy: %.1f to %.1f): %s",
+                    ratio,
+                    low,
+                    high,
+                    "they average the modes"
+                    if ratio < low
+                    else "they diverge; with objective=ofp_paper lower --policy.ofp_paper.guidance_weight",
+                )
+            self._was_healthy = healthy
+        return logs
+
+    def _prepare_actions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions (b, horizon, max_action_dim) float32, zero where padded; the loss's mask; whether all were finite."""
+        actions = batch[ACTION].to(torch.float32)
+        size, horizon = self.config.output_features[ACTION].shape[0], self.config.chunk_size
+        if actions.dim() != 3 or actions.shape[1:] != (horizon, size):
+            raise ValueError(
+                f"actions must be (batch, chunk_size={horizon}, {size}), got {tuple(actions.shape)}: check "
+                "--policy.chunk_size and --policy.output_features"
+            )
+        finite = torch.isfinite(actions)
+        padded = batch.get(_PAD)
+        known = torch.ones_like(finite[..., 0]) if padded is None else ~padded.to(finite.device)
+        mask = finite & known[..., None]
+        actions = pad_vector(torch.where(finite, actions, 0.0), self.config.max_action_dim)
+        return actions, pad_vector(mask, self.config.max_action_dim), finite.all()
+
+    # Acting
+
+    def reset(self) -> None:
+        """Forgets the running plan; call it whenever the environment resets."""
+        self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        self._rest: Tensor | None = None
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The next action (b, action), from a new chunk every `n_action_steps` calls.
+
+        With `warm_start` a new chunk starts from the last one's unexecuted actions, per row.
+        """
+        if not self._queue:
+            executed = self.config.n_action_steps
+            chunk = self.predict_action_chunk(batch, noise=noise, prev_chunk_left_over=self._rest)
+            self._queue.extend(chunk[:, :executed].transpose(0, 1))
+            self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None
+        return self._queue.popleft()
+
+    def _start(
+        self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, float]:
+        """Where sampling starts: x (test_time_samples·b, horizon, action_dim) at a time.
+
+        noise is standard normal before `noise_temperature`, drawn where not given; rest as of `_usable_rest`.
+        """
+        k = self.config.test_time_samples
+        shape = (k * b, self.config.chunk_size, action_dim)
+        if noise is None:
+            noise = torch.randn(shape, device=device)
+        elif tuple(noise.shape) != shape:
+            many = f", test_time_samples={k} for each of {b} observations" if k > 1 else ""
+            raise ValueError(f"noise must be {shape}{many}, got {tuple(noise.shape)}")
+        noise = self.config.noise_temperature * noise.to(device, torch.float32)
+        if rest is None or not self.config.warm_start:
+            return noise, 1.0
+        return warm_start(noise, rest.repeat(k, 1, 1), self.config.warm_start)
+
+    def _choose(self, chunks: Tensor) -> Tensor:
+        """The answers (b, horizon, action) among chunks (test_time_samples·b, horizon, action)."""
+        k = self.config.test_time_samples
+        return chunks if k == 1 else densest(chunks.unflatten(0, (k, -1)))
+
+    @staticmethod
+    def _require_finite(actions: Tensor) -> Tensor:
+        if not torch.isfinite(actions).all():
+            raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
+        return actions
+
+    def _usable_rest(self, rest: Tensor | None, b: int, device: torch.device) -> Tensor | None:
+        """The leftover as (b, steps, action), without the zero rows that LeRobot's rollout pads it with."""
+        if rest is None:
+            return None
+        size = self.config.output_features[ACTION].shape[0]
+        rest = (rest if rest.dim() == 3 else rest[None]).to(device, torch.float32)
+        if rest.shape[0] != b or rest.shape[2] < size:
+            raise ValueError(
+                f"prev_chunk_left_over must be ({b}, steps, {size}), got {tuple(rest.shape)}: call reset() when the "
+                "number of environments changes"
+            )
+        rest = rest[..., :size]
+        known = (rest != 0).any(dim=2).any(dim=0).nonzero()
+        return rest[:, : int(known[-1]) + 1] if len(known) else None

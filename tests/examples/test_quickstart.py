@@ -1,0 +1,265 @@
+"""The quickstart's parts that need no training, and its demonstrator in the simulator."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from examples.quickstart import evaluation, report, training
+from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
+from examples.quickstart.evaluation import Evaluation, Sampling
+from examples.quickstart.pipeline import BASELINES, ROWS, Settings
+from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
+from ofp_lerobot.evaluation.provenance import provenance
+from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
+from ofp_lerobot.policies.ofp.small_tokenizer import UNKNOWN, build_tokenizer
+
+KEYS = {
+    "policy",
+    "sampler",
+    "steps",
+    "warm_start",
+    "success",
+    "episodes",
+    "ci95",
+    "energy_distance",
+    "latency_ms",
+    "evaluations_per_chunk",
+    "spread",
+}
+
+
+@pytest.mark.parametrize(("successes", "episodes"), [(0, 20), (8, 10), (57, 60), (40, 40)])
+def test_wilson_interval(successes, episodes):
+    expected = stats.binomtest(successes, episodes).proportion_ci(method="wilson")
+    assert report.wilson_interval(successes, episodes) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_energy_distance_is_scipys_without_its_bias_in_the_samples():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=30), rng.normal(0.5, 2, size=40)
+    bias = np.abs(x[:, None] - x[None]).mean() / (len(x) - 1)
+    expected = stats.energy_distance(x, y) ** 2 - bias
+    assert evaluation.energy_distance(x[:, None], y[:, None]) == pytest.approx(expected)
+
+
+def test_energy_distance_sees_averaged_and_dropped_modes():
+    rng = np.random.default_rng(0)
+    modes = rng.normal(size=(2, 8, 4))
+    faithful = [evaluation.energy_distance(modes[rng.integers(2, size=32)], modes) for _ in range(400)]
+    assert np.mean(faithful) == pytest.approx(0, abs=0.01)
+    noise = 0.05 * rng.normal(size=(32, 8, 4))
+    assert evaluation.energy_distance(noise + modes.mean(axis=0), modes) > 0.3
+    assert evaluation.energy_distance(noise + modes[0], modes) > 0.3
+
+
+def test_spread_is_over_the_draws_of_one_observation():
+    rng = np.random.default_rng(0)
+    chunks = 10 * rng.normal(size=(16, 1, 8, 4)) + 0.2 * rng.normal(size=(16, 400, 8, 4))
+    assert evaluation.spread(chunks) == pytest.approx(0.2, rel=0.02)
+
+
+def test_mean_demonstration_goes_on_with_the_last_action():
+    short, long = np.full((2, 4), 1.0), np.full((3, 4), 3.0)
+    short[-1] = -1
+    assert evaluation.mean_demonstration([short, long])[:, 0].tolist() == [2, 1, 1]
+
+
+def test_tokenizer_knows_every_word_and_number(tmp_path):
+    text = description("window-open-v3")
+    size = build_tokenizer(tmp_path, [text])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    numbers = " ".join(map(str, range(-1, 257)))
+    tokens = tokenizer.tokenize(f"Task: {text}, State: {numbers};\nAction: ")
+    assert UNKNOWN not in tokens and UNKNOWN in tokenizer.tokenize("Task: boil an egg")
+    assert len(tokens) == 258 + 8 + len(text.split())
+    assert tokens[-5:] == ["255", "256", ";", "Action", ":"]
+    assert max(tokenizer.convert_tokens_to_ids(tokens)) < size == len(tokenizer)
+    padded = tokenizer(["Task", "Task: Push"], padding="max_length", max_length=6, padding_side="right")
+    assert [sum(mask) for mask in padded["attention_mask"]] == [1, 3]
+
+
+def test_prompt_fits(tmp_path):
+    build_tokenizer(tmp_path, [description("window-open-v3")])
+    prompt = f"Task: {description('window-open-v3')}, State: 0 255 -1 256;\nAction: "
+    tokens = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True).tokenize(prompt)
+    assert len(tokens) <= training.PROMPT_LENGTH
+
+
+def test_a_stage_is_done_with_its_own_settings_only(tmp_path):
+    directory, settings = tmp_path / "stage", Settings()
+    assert not is_done(directory, settings)
+    with stage(directory, settings):
+        (directory / "result").write_text("1")
+    assert is_done(directory, settings) and seconds_taken(directory) >= 0
+    changed = replace(settings, training=replace(settings.training, steps=7))
+    assert not is_done(directory, changed)
+    with pytest.raises(ZeroDivisionError), stage(directory, changed):
+        assert not (directory / "result").exists()
+        _ = 1 / 0
+    assert not is_done(directory, settings) and not is_done(directory, changed)
+
+
+def test_the_branches_differ_in_their_objective_only(tmp_path):
+    settings = Settings().training
+    ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
+    assert {key for key in ofp if ofp[key] != flow[key]} == {"policy.objective"}
+    base = training.base_flags(settings, tmp_path, 100, 64)
+    assert base["steps"] == base["policy.scheduler_decay_steps"] == settings.base_steps
+    assert ofp["steps"] == ofp["policy.scheduler_decay_steps"] == settings.steps
+
+
+def fake_lerobot_train(directory, code):
+    script = directory / "lerobot-train"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "print('Training:  50%|##   | 2/4 [00:01<00:01]', end='\\r')\n"
+        "print('step:4 smpl:8 loss:0.250 grdn:1')\n"
+        "print('Training: 100%|#####| 4/4 [00:02<00:00]', end='\\r')\n"
+        f"print('the reason'); sys.exit({code})\n"
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_training_shows_progress_and_says_why_it_failed(tmp_path, monkeypatch, code):
+    fake_lerobot_train(tmp_path, code)
+    monkeypatch.setattr(training.sys, "executable", str(tmp_path / "python"))
+    log = tmp_path / "log.txt"
+    with tqdm(total=4, disable=False) as bar:
+
+        def train():
+            training.lerobot_train({"steps": 4}, tmp_path, tmp_path / "run", log, bar)
+
+        if code:
+            with pytest.raises(RuntimeError, match=rf"exit code 3, see {log}:[\s\S]*the reason"):
+                train()
+        else:
+            train()
+            assert bar.n == 4 and "loss=0.250" in bar.postfix
+    assert "--steps=4" in log.read_text()
+
+
+def example_report():
+    result = {"solved": [True, False, True], "actions": [40, 150, 60], "energy_distance": 0.1, "spread": 0.4}
+    return {
+        "task": "window-open-v3",
+        "rows": [report.row_of(policy, sampling, result, 3.0) for policy, sampling in ROWS],
+        "baselines": [{"name": name, **report.success_of({"solved": [False, True]})} for name in BASELINES],
+        "demonstrator": {**report.success_of(result), "spread": 0.4},
+        **provenance(),
+    }
+
+
+def test_report_has_the_promised_keys():
+    example = json.loads(json.dumps(example_report()))
+    assert all(row.keys() >= KEYS for row in example["rows"])
+    one = example["rows"][0]
+    assert one["policy"] == "ofp" and one["steps"] == one["evaluations_per_chunk"] == 1
+    assert one["success"] == pytest.approx(2 / 3) and one["ci95"][0] < 2 / 3 < one["ci95"][1]
+    assert one["actions_to_success"] == 50
+    assert {row["policy"] for row in example["rows"]} == {"ofp", "flow_matching"}
+    assert example["versions"]["lerobot"]
+    assert len(report.table(example).splitlines()) == 2 + len(ROWS) + len(BASELINES) + 1
+
+
+def test_pictures_are_written(tmp_path):
+    report.plot(example_report(), tmp_path / "success.png")
+    frames = [np.full((8, 8, 3), 40 * i, dtype=np.uint8) for i in range(5)]
+    report.animate([frames, frames[:2]], tmp_path / "rollout.gif", rate=20)
+    assert (tmp_path / "success.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rollout.gif").read_bytes().startswith(b"GIF")
+
+
+def test_evaluation_starts_are_not_recorded():
+    recording, measured = Recording(), Evaluation()
+    assert not set(range(recording.seed, recording.seed + recording.episodes)) & set(measured.seeds())
+    assert measured.episodes >= 30 and any(sampling == Sampling("flow_map", 1, 0.15) for _, sampling in ROWS)
+
+
+def test_disturbances_are_a_function_of_seed_and_index():
+    recording = Recording()
+    drawn = [disturbances(recording, index) for index in range(8)]
+    assert [bool(each.any()) for each in drawn] == [False, False, True, True] * 2
+    assert np.array_equal(disturbances(recording, 2), drawn[2])
+    assert not np.array_equal(disturbances(recording, 2, seed=1), drawn[2])
+    assert np.std(np.concatenate([drawn[2], drawn[3]])) == pytest.approx(recording.noise, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    pytest.importorskip("metaworld")
+    recording = Recording()
+    with Simulator(recording.task, recording.camera, recording.action_repeat) as simulator:
+        yield simulator
+
+
+def run(simulator, index):
+    recording = Recording()
+    return demonstrate(simulator, 3, recording.detours[index % 2], disturbances=disturbances(recording, index, seed=3))
+
+
+def test_the_demonstrator_solves_the_task_in_both_styles(simulator):
+    left, right = run(simulator, 0), run(simulator, 1)
+    assert left.solved and right.solved and not len(left.images)
+    assert np.array_equal(left.states[0], right.states[0])
+    assert left.states[8, 0] < left.states[0, 0] - 0.05 and right.states[8, 0] > right.states[0, 0] + 0.05
+    assert np.abs(left.actions).max() <= 1 and left.actions.dtype == left.states.dtype == np.float32
+
+
+SHARED = """
+from ofp_lerobot.evaluation.environments.metaworld import Simulator
+task, renderers = "push-v3", {}
+first, second = (Simulator(task, renderers=renderers) for _ in range(2))
+alone = Simulator(task)
+first.reset(1), second.reset(7), alone.reset(7)
+own, other, shared = alone.render(48), first.render(48), second.render(48)
+assert own.std() > 10 and (other != own).any() and len(renderers) == 1
+assert (shared == own).all()
+for simulator in (second, alone):
+    simulator.step([1.0, 1.0, -1.0, 1.0])
+assert (second.render(48) == alone.render(48)).all() and (alone.render(48) != own).any()
+"""
+
+
+def test_simulators_that_share_renderers_draw_as_each_alone():
+    pytest.importorskip("metaworld")
+    try:
+        backend = usable_backend()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    # A process of its own: MuJoCo chooses how to draw when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_noisy_episodes_are_labelled_with_the_demonstrators_action(simulator):
+    calm, noisy = run(simulator, 0), run(simulator, 2)
+    assert noisy.solved and np.array_equal(noisy.actions[0], calm.actions[0])
+    assert not np.array_equal(noisy.states[1], calm.states[1])
+
+
+def test_it_is_lerobots_environment(simulator):
+    from lerobot.envs.metaworld import MetaworldEnv
+
+    theirs = MetaworldEnv(simulator.task, camera_name=simulator.camera)
+    theirs._ensure_env()
+    theirs._env.seed(11)
+    expected = theirs._env.reset(seed=11)[0]
+    ours = simulator.reset(11)
+    assert np.array_equal(ours, expected) and theirs.task_description == description(simulator.task)
+    action = np.array([0.5, -0.2, 0.3, 1.0])
+    for _ in range(simulator.action_repeat):
+        expected = theirs._env.step(action)[0]
+    assert np.array_equal(simulator.step(action)[0], expected)
+    assert np.array_equal(state_of(expected), expected[:4].astype(np.float32))

@@ -1,0 +1,3 @@
+from tests.serving.conftest import ofp, pi05
+
+__all__ = ["ofp", "pi05"]
