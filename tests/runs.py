@@ -70,7 +70,6 @@ def policy_flags(tokenizer: Path | None = None, **changes) -> list[str]:
         "n_action_steps": 4,
         "max_action_dim": 8,
         "push_to_hub": "false",
-        "schedule_steps": 6,
         **({"tokenizer_name": tokenizer, "tokenizer_max_length": 32} if tokenizer else {}),
         **changes,
     }

@@ -1,7 +1,6 @@
 """What differs between LeRobot's versions: each works or is refused by name, whichever version runs the tests."""
 
 import json
-import logging
 import shutil
 from types import SimpleNamespace
 
@@ -327,18 +326,6 @@ def test_gradient_accumulation_counts_updates_and_draws_anew_for_each_micro_batc
     again = small.ofp_policy().train()
     again.load_state_dict(policy.state_dict())
     assert [again.forward(batch)[0].item() for _ in range(3)] == losses
-
-
-def test_schedule_steps_is_told_in_updates(caplog):
-    policy = small.ofp_policy(schedule_steps=2).train()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            policy.forward(small.batch(2))  # micro-batches do not count
-        policy.update()
-        policy.update()
-        assert not caplog.records
-        policy.update()
-    assert "schedule_steps=2" in caplog.text
 
 
 def test_lora_alone_still_checks_the_base_checkpoints_processors(saved, tokenizer):
