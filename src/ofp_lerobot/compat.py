@@ -106,6 +106,7 @@ class _VisionTower(nn.Module):
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.vision_model: Any = tower
+        self.config: Any = tower.config
 
     def gradient_checkpointing_enable(self, *args: Any) -> None:
         self.vision_model.gradient_checkpointing_enable(*args)

@@ -53,7 +53,7 @@ class OFPPolicy(FlowMapPolicy):
     name = "ofp"
     encoder = "paligemma_with_expert.paligemma."
     # What FSDP2 gathers one at a time. The expert stays whole in a pass: the teacher's weights take its weights' place.
-    _fsdp_wrap_modules = ("SiglipEncoderLayer", "PrefixLayer")
+    _fsdp_wrap_modules = ("SiglipEncoderLayer", "PrefixLayer", "GemmaTextScaledWordEmbedding")
 
     def __init__(
         self,
