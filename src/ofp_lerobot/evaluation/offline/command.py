@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "chunk_size": config.chunk_size,
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
+            "sharpening_noise": config.sharpening_noise,
             "noise_temperature": config.noise_temperature,
             "dtype": config.dtype,
             "device": device,
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "latency_ms": latency,
         "thresholds": verdict.THRESHOLDS,
     }
-    result["verdicts"] = verdict.judge(result)
+    result["verdicts"] = verdict.judge(result) + verdict.judge_sharpness(result)
     result["limits"] = verdict.limits(result)
     result["versions"] = {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")}
     name = report.output_name(str(source), args.weights)
