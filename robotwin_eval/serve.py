@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,10 +24,11 @@ from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop.planning import Planner
 from ofp_lerobot.evaluation.closed_loop.results import Chunk, write_whole
-from ofp_lerobot.inference.observations import ObservationError
-from ofp_lerobot.inference.session import Runner
 
 from .adapters.common import wire
+
+if TYPE_CHECKING:
+    from ofp_lerobot.inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class PolicyServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
     def __init__(
-        self, runner: Runner, host: str, port: int, rename_map: dict[str, str] | None = None, seed: int | None = None
+        self, runner: "Runner", host: str, port: int, rename_map: dict[str, str] | None = None, seed: int | None = None
     ) -> None:
         """seed: of the policy's noise. Raises UserError where the policy is not one for RoboTwin."""
         if runner.state_size != STATE_SIZE or runner.action_size != STATE_SIZE:
@@ -139,7 +140,7 @@ class PolicyServer(socketserver.ThreadingTCPServer):
                 return client.answered[1]
             try:
                 reply, values = self._respond(client, message, arrays)
-            except (ObservationError, ValueError, KeyError, TypeError, OverflowError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 logger.warning("refused: %s", error)
                 reply, values = {"type": "error", "message": str(error), "again": True}, {}
             except Exception as error:
@@ -247,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        from ofp_lerobot.inference.session import Runner
+
         runner = Runner.load(
             args.checkpoint,
             execution_horizon=args.execution_horizon,

@@ -559,7 +559,8 @@ def test_verdict_on_sharpness(spread, nearest, noise, label, text):
 
 def test_verdict_on_a_policy_that_does_not_follow():
     verdicts = verdict.judge(measured(constant=0.3))
-    assert [v["label"] for v in verdicts] == ["not_following", "as_good", "as_good"]
+    assert [v["label"] for v in verdicts] == ["not_following", "not_telling", "not_telling"]
+    assert "as good" not in " ".join(v["text"] for v in verdicts)
 
 
 @pytest.mark.parametrize(

@@ -163,3 +163,23 @@ def test_the_new_parameters_are_the_target_time_branch_and_nothing_else(policy):
     stock = small.stock_policy(policy)
     ours = {name.removeprefix("model.") for name in policy.state_dict()}
     assert ours - {name.removeprefix("model.") for name in stock.state_dict()} == NEW_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("masked", "trains", "allowed"), [(True, True, False), (False, True, True), (True, False, True)]
+)
+def test_training_under_a_mask_keeps_from_cudnns_attention(masked, trains, allowed, monkeypatch):
+    """Its backward pass gives infinite gradients at some lengths. Meta tensors take a GPU's way without one."""
+    choices = []
+
+    def recorded(q, *_, **__):
+        choices.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    q, k, v = (torch.randn(1, h, 6, 16, device="meta", requires_grad=trains) for h in (4, 1, 1))
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool, device="meta") if masked else None
+    attend(q, k, v, mask, 0.25, "sdpa")
+    with torch.no_grad():
+        attend(q, k, v, mask, 0.25, "sdpa")
+    assert choices == [(allowed, True), (True, True)]

@@ -1,5 +1,6 @@
 """The policies that can be served, and all that differs between them: our `ofp` and LeRobot's own `pi05`."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +21,22 @@ from lerobot.processor import (
     RenameObservationsProcessorStep,
     TokenizerProcessorStep,
 )
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from ..checkpoints.reader import load_adapter, load_processors, resolve_source
+from ..checkpoints.reader import load_adapter, load_processors, resolve_source, statistics_problems
 from ..devices import resolve_device
 from ..errors import UserError
 from ..policies.ofp import weights
 from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
 from ..policies.ofp.processor_steps import PromptWithoutStateStep
+from ..policies.ofp.prompt import require_whole
 from ..policies.ofp.text import TextExtentProcessorStep
+from .observations import TASK, ObservationError
+
+logger = logging.getLogger(__name__)
 
 _CONFIGS: dict[str, type[PreTrainedConfig]] = {"ofp": OFPConfig, "pi05": PI05Config}
 _TOUCH_NO_IMAGE = (
@@ -80,7 +86,22 @@ class ServedPolicy(NamedTuple):
         return isinstance(self.config, OFPConfig) and self.config.uses_engine
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names."""
+        """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names.
+
+        Raises ObservationError where an instruction is too long for the prompt.
+        """
+        ready = self._preprocess(batch)
+        tokenizers = [
+            step.input_tokenizer for step in self.preprocessor.steps if isinstance(step, TokenizerProcessorStep)
+        ]
+        if tokenizers:
+            try:
+                require_whole(ready.get(TASK), ready[OBS_LANGUAGE_ATTENTION_MASK].bool(), tokenizers[0])
+            except ValueError as error:
+                raise ObservationError(str(error)) from None
+        return ready
+
+    def _preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = {key: batch[key] for key in self.config.image_features if key in batch}
         # Ours takes bytes from the host, a quarter of what floats would move.
         if isinstance(self.policy, OFPPolicy) and all(map(_leaves_images, self.preprocessor.steps)):
@@ -130,6 +151,8 @@ def load_policy(checkpoint: str | Path, *, device: str | None = None, **changes:
         policy = _load_ofp(source, config) if isinstance(config, OFPConfig) else _load_pi05(source, config)
     except (ValueError, OSError, HTTPError) as error:
         raise UserError(error) from error
+    for problem in statistics_problems(processors[0], config):
+        logger.warning("the statistics of %s hardly fit its training data: %s", source, problem.text)
     return ServedPolicy(str(checkpoint), policy.eval(), *processors)
 
 

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..flow_map.randomness import folded_generator
 from .observations import ObservationError, ObservationReader, Sample, collate
 from .policies import ServedPolicy, load_policy
+from .states import StateCheck
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Session:
     def __init__(self, runner: "Runner", generator: torch.Generator) -> None:
         self._runner, self._generator = runner, generator
         self._rest: Tensor | None = None  # see Runner._kept
+        self._begun = False  # whether its first state has been looked at
 
     def infer(self, observation: Mapping[str, Any], noise: Tensor | None = None) -> Answer:
         """As `Runner.infer`, for this session alone. noise: as there, without n."""
@@ -77,6 +79,7 @@ class Runner:
                 self.horizon,
             )
         self._reader = ObservationReader(config, absent_cameras)
+        self._states = StateCheck(served.preprocessor, config)
         self._device = torch.device(str(config.device))
         self._lock = threading.Lock()
 
@@ -145,6 +148,7 @@ class Runner:
         """
         for resolution in (None, tuple(self.served.config.image_resolution)):
             session = self.session(seed=0)
+            session._begun = True  # nothing to learn from a blank state
             for _ in range(2):
                 session.infer(self._reader.blank(resolution))
 
@@ -163,6 +167,7 @@ class Runner:
         with self._lock, torch.no_grad():
             start = time.perf_counter()
             samples = self._read(observations)
+            self._look_at_first_states(sessions, samples)
             if noise is None:
                 noise = torch.stack([self._noise(session) for session in sessions])
             noise = self._shaped(noise, len(sessions))
@@ -191,6 +196,12 @@ class Runner:
             except ObservationError as error:
                 raise ObservationError(f"number {i}: {error}" if len(observations) > 1 else str(error)) from None
         return samples
+
+    def _look_at_first_states(self, sessions: Sequence[Session], samples: Sequence[Sample]) -> None:
+        for session, sample in zip(sessions, samples, strict=True):
+            if not session._begun and (complaint := self._states.complaint(sample.state.numpy())):
+                logger.warning("%s", complaint)
+            session._begun = True
 
     def _shaped(self, noise: Tensor, n: int) -> Tensor:
         """(n, test_time_samples, chunk_size, max_action_dim)"""

@@ -1,9 +1,13 @@
 """Recorded CUDA graphs: the same answers in one launch, without waiting for the device."""
 
+import logging
+import threading
+
 import pytest
 import torch
 
 from ofp_lerobot.policies.ofp.engine import engine
+from ofp_lerobot.policies.ofp.network import attend
 from tests import small
 from tests.policies.engine.test_engine import (
     TOLERANCE,
@@ -23,8 +27,8 @@ CHANGES = [set_in_place, set_past_autograd, swap, train_a_step]
 
 def pair(dtype="float32", **changes):
     torch.manual_seed(3)
-    plain = small.ofp_policy(branch=0.1, dtype=dtype, device="cuda", **changes)
-    fast = small.ofp_policy(dtype=dtype, device="cuda", inference_engine=True, **changes)
+    plain = small.ofp_policy(branch=0.1, dtype=dtype, device="cuda", **{"inference_engine": False, **changes})
+    fast = small.ofp_policy(dtype=dtype, device="cuda", **{"inference_engine": True, **changes})
     fast.load_state_dict(plain.state_dict())
     return plain, fast
 
@@ -163,3 +167,103 @@ def test_compiled_graphs_answer_as_the_plain_path():
     finally:
         torch.set_float32_matmul_precision(precision)
     assert [list(graphs) for graphs in fast._engine._graphs.values()] == [[12]]
+
+
+@pytest.mark.parametrize("mask", [torch.arange(small.TEXT) >= 7, torch.arange(small.TEXT) < 0])
+def test_text_with_gaps_and_without_any(mask):
+    plain, fast = pair()
+    batch, noise = batch_on("cuda"), torch.randn(2, small.HORIZON, 8)
+    batch["observation.language.attention_mask"][0] = mask.to("cuda")
+    assert_same(fast.predict_action_chunk(batch, noise=noise), plain.predict_action_chunk(batch, noise=noise))
+
+
+def test_engines_that_record_and_answer_in_threads_of_their_own():
+    pairs = [pair() for _ in range(3)]
+    wrong, start = [], threading.Barrier(len(pairs))
+
+    def work(plain, fast, b):
+        start.wait()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in range(10):
+                batch, noise = batch_on("cuda", b=b, seed=seed), torch.randn(b, small.HORIZON, 8)
+                expected, actual = (p.predict_action_chunk(batch, noise=noise) for p in (plain, fast))
+                if not (actual - expected).norm() / expected.norm() <= 1e-5:
+                    wrong.append((b, seed))
+
+    threads = [threading.Thread(target=work, args=(*two, b)) for b, two in enumerate(pairs, start=1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_without_memory_to_record_it_answers_without_graphs_and_says_so(caplog):
+    plain, fast = pair()
+    compare(plain, fast, 1e-5, b=1)
+    recorded = fast._engine._recorded
+
+    def fails(run, shape, texts, device):
+        if shape.actions[0] == 2:
+            recorded(run, shape, texts[:1], device)
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        return recorded(run, shape, texts, device)
+
+    fast._engine._recorded = fails
+    with caplog.at_level(logging.WARNING):
+        for seed in range(3):
+            compare(plain, fast, 1e-5, b=2, seed=seed)
+    assert caplog.text.count("no memory to record") == 1
+    compare(plain, fast, 1e-5, b=1)
+    compare(plain, fast, 1e-5, b=3)
+
+
+def test_an_evicted_graphs_answer_is_whole(monkeypatch):
+    monkeypatch.setattr(engine, "MOST_SHAPES", 1)
+    plain, fast = pair()
+    batches = {b: batch_on("cuda", b=b) for b in (1, 2, 3)}
+    noise = {b: torch.randn(b, small.HORIZON, 8, device="cuda") for b in batches}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        answers = [(b, fast.predict_action_chunk(batches[b], noise=noise[b])) for b in [1, 2, 3] * 2]
+    for b, answer in answers:
+        assert_same(answer, plain.predict_action_chunk(batches[b], noise=noise[b]))
+
+
+def test_8_bits_round_and_say_by_how_much(caplog):
+    torch.manual_seed(3)
+    plain = small.ofp_policy(branch=0.1, dtype="bfloat16", device="cuda", inference_engine=False)
+    fast = small.ofp_policy(dtype="bfloat16", device="cuda", inference_precision="fp8")
+    fast.load_state_dict(plain.state_dict())
+    batch, noise = batch_on("cuda"), torch.randn(2, small.HORIZON, 8)
+    with caplog.at_level(logging.WARNING):
+        expected, actual = (policy.predict_action_chunk(batch, noise=noise) for policy in (plain, fast))
+    assert "products in 8 bits change this chunk by" in caplog.text
+    error = (actual - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.05
+    with torch.no_grad():
+        for policy in (plain, fast):
+            for layer in policy.model.vlm.language_model.layers:
+                layer.mlp.down_proj.weight.mul_(4)
+    changed, actual = (policy.predict_action_chunk(batch, noise=noise) for policy in (plain, fast))
+    assert (actual - changed).norm() < (changed - expected).norm() / 4
+
+
+def test_on_a_gpu_it_is_there_without_asking():
+    policy = small.ofp_policy(device="cuda")
+    assert policy._engine is not None and small.ofp_policy(device="cuda", inference_engine=False)._engine is None
+    policy.predict_action_chunk(batch_on("cuda"))
+    assert policy._engine._graphs
+    policy.train()
+    assert not policy._engine._graphs
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_the_backward_pass_under_a_mask_is_finite_where_cudnns_is_not(d):
+    """832 keys: 64 modulo 128; PyTorch's own choice on Hopper fails here (PyTorch #196678)."""
+    q, k, v = (0.1 * torch.randn(1, h, 832, d, device="cuda", dtype=torch.bfloat16) for h in (8, 1, 1))
+    q[..., 0], k[..., 0] = 1.0, -120 * d**0.5
+    for t in (q, k, v):
+        t.requires_grad_()
+    mask = torch.ones(1, 1, 1, 832, dtype=torch.bool, device="cuda")
+    attend(q, k, v, mask, d**-0.5, "sdpa").float().sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (q, k, v))

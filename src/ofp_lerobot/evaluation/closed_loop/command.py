@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from ...checkpoints.reader import resolve_source
 from ...errors import UserError
 from .jobs import PolicySpec, Start, read_policies, read_starts
 from .report import write_report
@@ -192,6 +191,8 @@ def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def fingerprint(checkpoint: str) -> str | None:
     """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
+    from ...checkpoints.reader import resolve_source
+
     source = resolve_source(checkpoint)
     if isinstance(source, str):
         return None

@@ -5,15 +5,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from ...errors import UserError
-from ...inference.session import Runner
 from .results import Chunk, Key
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Harness(Protocol):
         """Reports `count` starts, from seed `first` on, that the task's expert solves where there is one."""
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
         """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy."""
 

@@ -1,19 +1,21 @@
 """A session of the policy with what a comparison wants to know of each of its chunks."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...inference.session import Session
 from .results import Chunk
+
+if TYPE_CHECKING:
+    from ...inference.session import Session  # loads LeRobot, which no command's --help should wait for
 
 
 class Planner:
     """One environment's run: observations in, actions to execute out, and the measures of each chunk."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: "Session") -> None:
         self._session = session
         self._last: NDArray[np.float32] | None = None  # (chunk_size, a), the last plan
         self._executed = 0

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from lerobot.utils.io_utils import write_video
 from numpy.typing import NDArray
 
 FRAMES_PER_SECOND = 20
@@ -13,6 +12,8 @@ FRAMES_PER_SECOND = 20
 def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     """frames: (h, w, 3) each."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    from lerobot.utils.io_utils import write_video
+
     write_video(path, list(frames), FRAMES_PER_SECOND)
 
 

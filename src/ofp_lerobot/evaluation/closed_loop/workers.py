@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import UserError
-from ...inference.session import Runner
 from .jobs import Harness, PolicySpec, Start
 from .results import Episode, provenance
 from .videos import write_frames
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,13 @@ class Player:
         values |= {"instruction": outcome.instruction, "success": outcome.success, "steps": outcome.steps}
         return Episode(**values, seconds=time.perf_counter() - begin, chunks=outcome.chunks)
 
-    def _runner(self, spec: PolicySpec) -> Runner:
+    def _runner(self, spec: PolicySpec) -> "Runner":
         if self._loaded is None or self._loaded[0] != spec:
             self._loaded = None  # frees the last one first, with what the harness holds of it
             assert self._harness is not None
             self._harness.close()
+            from ...inference.session import Runner
+
             runner = Runner.load(
                 spec.path,
                 execution_horizon=spec.horizon,
@@ -145,7 +149,7 @@ class Player:
         return self._loaded[1]
 
 
-def _device_name(runner: Runner) -> str:
+def _device_name(runner: "Runner") -> str:
     import torch
 
     device = torch.device(runner.describe()["device"])
