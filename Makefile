@@ -1,6 +1,10 @@
 # Needs Python 3.12 only; uv is used where it runs.
 PYTHON ?= python3.12
-VENV ?= .venv
+# With LEROBOT=<a checkout of LeRobot> the tests run on that one, in an environment of their own, and with
+# WITH="'transformers==5.22.*'" or the like on other versions than it asks for.
+LEROBOT ?=
+WITH ?=
+VENV ?= $(if $(LEROBOT),outputs/lerobot-env,.venv)
 BIN := $(VENV)/bin
 OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
@@ -26,7 +30,11 @@ bench: $(VENV)/.ready-test
 
 # One environment for both commands, made once and again when what it holds changes.
 $(VENV)/.ready-test: pyproject.toml constraints.txt
-	@PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"
+	@if [ -n "$(LEROBOT)" ]; then \
+	  bash tests/lerobot_environment.sh $(VENV) "$(LEROBOT)" $(WITH); \
+	else \
+	  PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"; \
+	fi
 	@touch $@
 
 # openpi's client wants numpy below 2, so it lives beside the environment it is tested against.

@@ -88,7 +88,6 @@ def train_flags(dataset: Path, output: Path, **changes) -> list[str]:
         "num_workers": 0,
         "seed": 7,
         "env_eval_freq": 0,
-        "wandb.enable": "false",
         **changes,
     }
     return [f"--{name}={value}" for name, value in flags.items()]

@@ -80,7 +80,6 @@ def _common_flags(training: Training, steps: int, learning_rate: float, last: fl
         "save_freq": 0,
         "log_freq": 50,
         "env_eval_freq": 0,
-        "wandb.enable": "false",
     }
 
 

@@ -304,6 +304,8 @@ def test_adapter(saved, tmp_path):
     peft.config.save_pretrained(adapter)
     for file in saved.glob("policy_*"):
         shutil.copy(file, adapter)
+    if (saved / "tokenizer").is_dir():  # LeRobot saves it with the processors since 0.6.2
+        shutil.copytree(saved / "tokenizer", adapter / "tokenizer")
     config, _ = load_config(adapter, "cpu")
     loaded = inputs.load_checkpoint(adapter, config, "student", None).policy
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)

@@ -71,7 +71,8 @@ def relative(a, b):
 def test_actions(converted, golden, kind, case):
     """openpi's actions from the same noise: the same arithmetic where nothing is masked, in one, two and four steps.
 
-    Equal to the bit on the processor that made them; stock LeRobot differs by 4e-7 on another. A masked camera is left out here and masked there, which sums in another order; over ten steps openpi adds up the
+    Equal to the bit on the processor that made them; stock LeRobot differs by 4e-7 on another.
+    A masked camera is left out here and masked there, which sums in another order; over ten steps openpi adds up the
     time in float32.
     """
     policy = (PI05Policy if kind == "pi05" else OFPPolicy).from_pretrained(converted / kind)

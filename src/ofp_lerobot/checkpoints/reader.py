@@ -13,10 +13,17 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.processor.pipeline import ProcessorMigrationError
-from lerobot.utils.constants import ACTION, CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import (
+    ACTION,
+    CHECKPOINTS_DIR,
+    LAST_CHECKPOINT_LINK,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+    PRETRAINED_MODEL_DIR,
+)
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors import SafetensorError
 
+from ..compat import check_readable_processors, saved_elsewhere
 from ..errors import UserError
 from ..policies.normalisation import RECOMPUTE, Problem, find_problems
 from ..policies.ofp import weights
@@ -75,7 +82,9 @@ def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
     try:
         return draccus.decode(OFPConfig, raw), kind
     except (ParsingError, ValueError) as error:
-        raise UserError(f"the configuration of {source} cannot be read: {error.__cause__ or error}") from error
+        raise UserError(
+            f"the configuration of {source} cannot be read{saved_elsewhere(raw)}: {error.__cause__ or error}"
+        ) from error
 
 
 def load_adapter(source: str | Path, config: OFPConfig) -> OFPPolicy:
@@ -122,6 +131,9 @@ def load_processors(
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
     try:
+        preprocessor_path = weights.find_file(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json")
+        if preprocessor_path is not None:
+            check_readable_processors(weights.read_json(preprocessor_path)["steps"], source)
         processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
     except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError, SafetensorError) as error:
         raise UserError(f"the processors of {source} cannot be loaded: {error}") from error

@@ -18,6 +18,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
+from ..compat import dtype_name
 from ..devices import synchronise
 from ..errors import UserError
 from ..flow_map.randomness import folded_generator
@@ -135,7 +136,7 @@ class Runner:
             "warm_start": self.served.warm_start,
             "test_time_samples": self.served.test_time_samples,
             "noise_temperature": self.served.noise_temperature,
-            "dtype": config.dtype,
+            "dtype": dtype_name(config.dtype),
             "device": str(config.device),
             "versions": {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")},
         }

@@ -7,6 +7,7 @@ from typing import Any
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 from ..checkpoints.reader import load_config
+from ..compat import dtype_name
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import OFPConfig
 
@@ -52,5 +53,5 @@ def read_config(source: str | Path) -> tuple[OFPConfig, str]:
     """A `pi05` or `ofp` checkpoint's configuration as `ofp`'s, on the CPU, and its type. Raises UserError."""
     config, kind = load_config(source, "cpu")
     if kind == "pi05":
-        config.bfloat16_rotary = config.dtype == "bfloat16"
+        config.bfloat16_rotary = dtype_name(config.dtype) == "bfloat16"
     return config, kind

@@ -11,8 +11,8 @@ from weakref import WeakMethod
 
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import DecodingError
-from lerobot.configs import PreTrainedConfig
 
+from ..compat import LEROBOT, name_saving_version
 from ..errors import choice, within
 from ..objectives import OBJECTIVES, Settings
 from . import retired
@@ -21,11 +21,15 @@ _save_hooks: dict[int, WeakMethod[Any]] = {}
 
 
 @dataclass
-class FlowMapConfig(Settings, PreTrainedConfig):
+class FlowMapConfig(Settings):
     """What the policies add to LeRobot's: how to answer, how to train, and the objectives' `Settings`.
 
-    Times: t = 1 noise, t = 0 action. Raises ValueError where a setting is out of range, naming it.
+    Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action.
+    Raises ValueError where a setting is out of range, naming it.
     """
+
+    # A fact: the version that wrote this configuration.
+    lerobot_version: str | None = None
 
     # Inference. flow_map: average velocities over the intervals; euler: r = t, with ten steps π₀.₅'s own sampler.
     num_inference_steps: int = 1
@@ -54,7 +58,7 @@ class FlowMapConfig(Settings, PreTrainedConfig):
         """Every subclass's `__post_init__` names the bad setting to the command line too, see `_told_by_draccus`."""
         super().__init_subclass__(**kwargs)
         if "__post_init__" in cls.__dict__:
-            cls.__post_init__ = _told_by_draccus(cls.__post_init__)  # type: ignore[method-assign]
+            cls.__post_init__ = _told_by_draccus(cls.__post_init__)  # type: ignore[method-assign, attr-defined]
 
     def check_method(self) -> None:
         """Raises ValueError where a setting of this class is out of range."""
@@ -68,11 +72,11 @@ class FlowMapConfig(Settings, PreTrainedConfig):
         within("monitor_freq", self.monitor_freq, 0)
         self.check_settings()
 
-    def note_device(self, wanted: str | None) -> None:
+    def note_device(self: Any, wanted: str | None) -> None:
         """Remembers what LeRobot's own `__post_init__` may have replaced by a device that is there."""
         self._absent_device = wanted if wanted and wanted != self.device else None
 
-    def require_device(self) -> None:
+    def require_device(self: Any) -> None:
         """Raises ValueError where the device asked for is absent. LeRobot has only warned and taken another by then."""
         if self._absent_device is not None:
             raise ValueError(
@@ -89,7 +93,8 @@ class FlowMapConfig(Settings, PreTrainedConfig):
         _save_hooks[id(self)] = WeakMethod(hook)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
+        self.lerobot_version = LEROBOT
+        super()._save_pretrained(save_directory)  # type: ignore[misc]
         reference = _save_hooks.get(id(self))
         hook = reference() if reference is not None else None
         if hook is not None and hook.__self__.config is self:
@@ -115,3 +120,6 @@ def _told_by_draccus(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
             raise DecodingError((), str(error)) from error
 
     return checked
+
+
+name_saving_version("ofp", "ofp_unet")

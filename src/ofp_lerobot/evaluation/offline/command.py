@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "test_time_samples": config.test_time_samples,
             "sharpening_noise": config.sharpening_noise,
             "noise_temperature": config.noise_temperature,
-            "dtype": config.dtype,
+            "dtype": config.precision,
             "device": device,
         },
         "data": {

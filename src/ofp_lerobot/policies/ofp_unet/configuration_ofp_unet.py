@@ -8,7 +8,8 @@ from lerobot.optim import CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfi
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import ACTION
 
-from ...errors import within
+from ...compat import precision
+from ...errors import choice, within
 from ..configuration import FlowMapConfig
 
 RESNET_STRIDE = 32  # pixels that are one place of its last map
@@ -49,6 +50,7 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         within("n_action_steps", self.n_action_steps, 1, self.horizon)
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps must be 1, got {self.n_obs_steps}: ofp_unet sees the current observation")
+        choice("dtype", precision(self), ("float32",))
         if self.compile_model:
             raise ValueError("ofp_unet does not compile: set --policy.compile_model=false")
 
