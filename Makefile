@@ -10,13 +10,19 @@ OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-fast lint bench clean
 
 quickstart: $(VENV)/.ready-test
 	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint
+	@echo "All tests: about half an hour on 2 cores, dots by the minute. make test-fast is a few minutes."
 	$(BIN)/python -m pytest
+
+# Without whole commands, LeRobot's scripts and simulators.
+test-fast: $(VENV)/.ready-test
+	@echo "The fast tests: a few minutes on 2 cores."
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Episodes on a RoboTwin checkout: its simulator in its own Python, the policy here."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,38 +10,74 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.evaluation.closed_loop.jobs import Outcome, Start
-from ofp_lerobot.evaluation.closed_loop.results import Chunk
-from ofp_lerobot.inference.session import Runner
+from ofp_lerobot.evaluation.environments import Harness
+from ofp_lerobot.evaluation.episodes import Chunk, Outcome, Start
+from ofp_lerobot.evaluation.provenance import short_commit
 
 from .adapters.install import layout_of
 from .serve import PolicyServer
+
+if TYPE_CHECKING:
+    from ofp_lerobot.inference.session import Runner  # loads LeRobot, which no command's --help should wait for
 
 DRIVER = Path(__file__).parent / "adapters" / "driver.py"
 CONDITIONS = ("demo_clean", "demo_randomized")
 MAX_TRIES = 20  # seeds per episode wanted, before the expert is taken to be broken
 
 
-class RoboTwinHarness:
+class RoboTwinHarness(Harness):
     """One driver process (`adapters/driver.py`), started anew after an error."""
 
-    def __init__(self, root: Path, python: str, *, instruction_type: str = "unseen", device: str | None = None) -> None:
-        """python: RoboTwin's. device: of the policy; the simulator renders on the same GPU. Raises UserError."""
+    conditions = CONDITIONS[:1]
+    needs_instructions = True
+    looks_for_starts = True
+
+    def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
+        """settings: `root` of the checkout, RoboTwin's `python`, `instruction_type`. device: of the policy; the
+        simulator renders on the same GPU. Raises UserError."""
+        root = Path(settings["root"])
         try:
             layout_of(root)
         except ValueError as error:
             raise UserError(error) from error
-        self._root, self._python, self._instruction_type = root, python, instruction_type
+        self._root, self._python = root, settings["python"]
+        self._instruction_type = settings.get("instruction_type", "unseen")
         self._environment = dict(os.environ)
         if device is not None and device.startswith("cuda:"):
             self._environment["CUDA_VISIBLE_DEVICES"] = _physical(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._process: subprocess.Popen[str] | None = None
         self._server: PolicyServer | None = None
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("RoboTwin's own environments")
+        group.add_argument("--robotwin-root", default=os.environ.get("ROBOTWIN_ROOT"), help="default: ROBOTWIN_ROOT")
+        group.add_argument("--robotwin-python", default="python", help="the Python of RoboTwin's environment")
+        group.add_argument("--instruction-type", choices=("seen", "unseen"), default="unseen")
+
+    @classmethod
+    def read_arguments(cls, args: argparse.Namespace) -> dict[str, Any]:
+        if not args.robotwin_root:
+            raise UserError("--env robotwin needs --robotwin-root, or ROBOTWIN_ROOT")
+        root = Path(args.robotwin_root).expanduser().resolve()
+        settings = {"root": str(root), "python": args.robotwin_python, "instruction_type": args.instruction_type}
+        return {**settings, "commit": short_commit(root)}
+
+    @classmethod
+    def first_seed(cls, kind: str) -> int:
+        return 100_000  # as RoboTwin's own evaluation
+
+    @classmethod
+    def protocol(cls, kind: str) -> str:
+        return (
+            "RoboTwin's own environments with its step limits, on seeds that its scripted expert solves "
+            "(those of --starts are taken as they come)"
+        )
 
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
         """Seeds that the scripted expert solves, as RoboTwin's own evaluation takes them, with an instruction each."""
@@ -60,7 +97,7 @@ class RoboTwinHarness:
         )
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
         if self._server is None or self._server.runner is not runner:
             self._stop_server()

@@ -22,8 +22,10 @@ import numpy as np
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.evaluation.closed_loop.planning import Planner
-from ofp_lerobot.evaluation.closed_loop.results import Chunk, write_whole
+from ofp_lerobot.evaluation.episodes import Chunk
+from ofp_lerobot.evaluation.rollout import MeasuredSession
+from ofp_lerobot.files import write_whole
+from ofp_lerobot.inference.sampling import add_sampling_flags, sampling_of
 
 from .adapters.common import wire
 
@@ -72,7 +74,7 @@ class _Client:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.planners: dict[int, Planner] = {}
+        self.sessions: dict[int, MeasuredSession] = {}
         self.answered: tuple[int, bytes] | None = None
         self.connection: socket.socket | None = None
 
@@ -158,30 +160,30 @@ class PolicyServer(socketserver.ThreadingTCPServer):
             return {"type": "welcome", "policy": self.runner.describe()}, {}
         if kind == "reset":
             wanted = message.get("environments")
-            for environment in list(client.planners) if wanted is None else wanted:
-                self._planner(client, environment).reset(message.get("seed"))
+            for environment in list(client.sessions) if wanted is None else wanted:
+                self._session(client, environment).reset(message.get("seed"))
             if wanted is None and message.get("seed") is not None:
-                self._planner(client, 0).reset(message["seed"])
+                self._session(client, 0).reset(message["seed"])
             return {"type": "done"}, {}
         if kind == "plan":
-            actions, chunk = self._plan(self._planner(client, message["environment"]), message, arrays)
+            actions, chunk = self._plan(self._session(client, message["environment"]), message, arrays)
             return {"type": "actions", "chunk": asdict(chunk)}, {"actions": actions}
         raise ValueError(f"unknown request {kind!r}")
 
-    def _planner(self, client: _Client, environment: int) -> Planner:
+    def _session(self, client: _Client, environment: int) -> MeasuredSession:
         if not isinstance(environment, int) or not 0 <= environment < 4096:
             raise ValueError(f"environment must be 0 to 4095, got {environment!r}")
-        if environment not in client.planners:
-            client.planners[environment] = Planner(self.runner.session(self._seed, environment))
-        return client.planners[environment]
+        if environment not in client.sessions:
+            client.sessions[environment] = MeasuredSession(self.runner.session(self._seed, environment))
+        return client.sessions[environment]
 
     def _plan(
-        self, planner: Planner, message: dict[str, Any], arrays: dict[str, np.ndarray]
+        self, session: MeasuredSession, message: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, Chunk]:
         observation: dict[str, Any] = {"task": message["instruction"], "observation.state": arrays["state"]}
         for name, feature in self._cameras.items():
             observation[feature] = arrays[f"images.{name}"]
-        return planner.plan(observation)
+        return session.infer(observation)
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -254,12 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             args.checkpoint,
             execution_horizon=args.execution_horizon,
             device=args.device,
-            num_inference_steps=args.num_inference_steps,
-            inference_engine=args.inference_engine,
-            sampler=args.sampler,
-            warm_start=args.warm_start,
-            test_time_samples=args.test_time_samples,
-            noise_temperature=args.noise_temperature,
+            **sampling_of(args).settings,
         )
         server = PolicyServer(runner, args.host, args.port, args.rename_map, args.seed)
     except (UserError, OSError) as error:
@@ -279,29 +276,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ofp-policy-server", description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", help="directory or Hub id of an `ofp` or `pi05` policy")
-    parser.add_argument(
-        "--num-inference-steps", type=at_least(1), help="evaluations per chunk (default: the checkpoint's)"
-    )
-    parser.add_argument("--sampler", choices=("flow_map", "euler"), help="of an `ofp` checkpoint")
-    parser.add_argument(
-        "--warm-start", type=float, help="of an `ofp` checkpoint: share of the old plan, .15 is the paper's"
-    )
-    parser.add_argument(
-        "--test-time-samples", type=at_least(1), help="of an `ofp` checkpoint: chunks drawn, one is answered"
-    )
-    parser.add_argument(
-        "--noise-temperature", type=at_least(0.0, at_most=1.0), help="of an `ofp` checkpoint: factor of the noise"
-    )
+    parser.add_argument("checkpoint", help="directory or Hub id of an `ofp`, `ofp_unet` or `pi05` policy")
     parser.add_argument(
         "--execution-horizon", type=at_least(1), help="actions executed of a chunk (default: n_action_steps)"
     )
-    parser.add_argument(
-        "--inference-engine",
-        action="store_true",
-        default=None,
-        help="of `ofp`: its fast path (default: the checkpoint's)",
-    )
+    add_sampling_flags(parser)
     parser.add_argument("--rename_map", "--rename-map", type=json.loads, help="as LeRobot's, JSON")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best there is)")
     parser.add_argument("--seed", type=int, help="of the noise (default: a random one)")

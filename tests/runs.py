@@ -70,7 +70,6 @@ def policy_flags(tokenizer: Path | None = None, **changes) -> list[str]:
         "n_action_steps": 4,
         "max_action_dim": 8,
         "push_to_hub": "false",
-        "schedule_steps": 6,
         **({"tokenizer_name": tokenizer, "tokenizer_max_length": 32} if tokenizer else {}),
         **changes,
     }
@@ -124,6 +123,24 @@ def pi05_checkpoint(directory: Path, dataset: Path, tokenizer: Path) -> Path:
     policy = small.ofp_policy(tokenizer_name=str(tokenizer), tokenizer_max_length=32)
     small.stock_policy(policy).save_pretrained(directory)
     return _add_processors(directory, dataset, policy.config)
+
+
+def unet_checkpoint(directory: Path, dataset: Path) -> Path:
+    """An `ofp_unet` of the robot's state, small and with random weights, and the dataset's statistics."""
+    from lerobot.datasets import LeRobotDatasetMetadata
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
+    from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
+
+    sizes = {"horizon": small.HORIZON, "n_action_steps": 4, "down_dims": (8, 16), "diffusion_step_embed_dim": 8}
+    features = small.features(cameras=())
+    policy = OFPUnetPolicy(OFPUnetConfig(device="cpu", push_to_hub=False, kernel_size=3, **sizes, **features))
+    policy.save_pretrained(directory)
+    stats = LeRobotDatasetMetadata(REPO, root=dataset).stats
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=stats):
+        pipeline.save_pretrained(directory)
+    return directory
 
 
 def _add_processors(directory: Path, dataset: Path, config) -> Path:

@@ -1,5 +1,6 @@
 """Small real things the tests share: an `ofp` policy, a batch, and stock LeRobot π₀.₅ of the same size."""
 
+import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -80,3 +81,21 @@ def stock_policy(ofp: OFPPolicy, **changes):
     state = {k: v for k, v in ofp.state_dict().items() if "target_time" not in k}
     stock.load_state_dict(state, strict=True)
     return stock.eval()
+
+
+def stock_inputs(stock, batch):
+    """What stock π₀.₅'s network takes of a batch."""
+    images, masks = stock._preprocess_images(batch)
+    return images, masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+
+
+def densest_by_hand(samples: np.ndarray) -> np.ndarray:
+    """Of each column the sample with the least mean distance to its ⌈k/4⌉ nearest others."""
+    chosen = []
+    for column in samples.transpose(1, 0, 2, 3):
+        loneliness = []
+        for i, sample in enumerate(column):
+            others = [np.sqrt(((sample - other) ** 2).sum()) for j, other in enumerate(column) if j != i]
+            loneliness.append(np.mean(sorted(others)[: int(np.ceil(len(column) / 4))]) if others else 0.0)
+        chosen.append(column[int(np.argmin(loneliness))])
+    return np.stack(chosen)

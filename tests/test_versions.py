@@ -1,7 +1,6 @@
 """What differs between LeRobot's versions: each works or is refused by name, whichever version runs the tests."""
 
 import json
-import logging
 import shutil
 from types import SimpleNamespace
 
@@ -86,12 +85,12 @@ def test_checkpoints_of_0_6_1_load(saved, tokenizer, tmp_path):
     old = as_saved_by_0_6_1(saved, tmp_path / "old", tokenizer)
     policy = OFPPolicy.from_pretrained(old)
     assert torch.equal(answer(policy), answer(OFPPolicy.from_pretrained(saved)))
-    load_processors(old, load_config(old, "cpu")[0], None)
+    load_processors(old, load_config(old, device="cpu", as_ofp=True)[0], None)
 
 
 def test_checkpoints_of_0_6_2_load_or_say_who_saved_them(saved, tokenizer, tmp_path):
     new = as_saved_by_0_6_2(saved, tmp_path / "new", tokenizer)
-    config, _ = load_config(new, "cpu")
+    config, _ = load_config(new, device="cpu", as_ofp=True)
     if compat.UNTIL_0_6_1:
         with pytest.raises(ValueError, match=r"saved by LeRobot 0\.6\.2 or later.*install lerobot>=0\.7"):
             OFPPolicy.from_pretrained(new)
@@ -115,7 +114,7 @@ def test_the_way_out_that_the_refusal_names(saved, tokenizer, tmp_path):
     config = PreTrainedConfig.from_pretrained(new)
     config.tokenizer_name = str(new / "tokenizer")
     OFPPolicy.from_pretrained(new, config=config)
-    load_processors(new, load_config(new, "cpu")[0], None)
+    load_processors(new, load_config(new, device="cpu", as_ofp=True)[0], None)
 
 
 @pytest.mark.parametrize("by", ["LeRobot", "us"])
@@ -327,18 +326,6 @@ def test_gradient_accumulation_counts_updates_and_draws_anew_for_each_micro_batc
     again = small.ofp_policy().train()
     again.load_state_dict(policy.state_dict())
     assert [again.forward(batch)[0].item() for _ in range(3)] == losses
-
-
-def test_schedule_steps_is_told_in_updates(caplog):
-    policy = small.ofp_policy(schedule_steps=2).train()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            policy.forward(small.batch(2))  # micro-batches do not count
-        policy.update()
-        policy.update()
-        assert not caplog.records
-        policy.update()
-    assert "schedule_steps=2" in caplog.text
 
 
 def test_lora_alone_still_checks_the_base_checkpoints_processors(saved, tokenizer):

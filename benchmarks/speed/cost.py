@@ -22,6 +22,7 @@ from benchmarks.speed.counting import count, fake_gpu
 from benchmarks.speed.latency import DEPLOYED
 from benchmarks.speed.presets import PRESETS, make_batch, make_ofp
 from ofp_lerobot.evaluation.provenance import provenance
+from ofp_lerobot.evaluation.tables import markdown_table
 from ofp_lerobot.policies.ofp.engine.graph import Inputs
 
 AXES: dict[str, Sequence[int]] = {
@@ -128,9 +129,8 @@ def training(link: float) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    names = list(rows[0])
-    lines = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *lines])
+    cells = ([f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    return "\n".join(markdown_table(rows[0], cells))
 
 
 def main() -> None:

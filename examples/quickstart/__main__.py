@@ -14,17 +14,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Before anything reads it, here and in the processes started from here, which import this module: so imports wait.
-    from ofp_lerobot.evaluation.environments.metaworld import usable_backend
-
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     for name, value in {
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "MUJOCO_GL": usable_backend(),
     }.items():
         os.environ.setdefault(name, value)
+    from ofp_lerobot.evaluation.environments.metaworld import usable_backend
+
+    os.environ["MUJOCO_GL"] = usable_backend()
     if os.environ["MUJOCO_GL"] == "osmesa":
         print("EGL does not work here, so OSMesa draws: slower. `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`")
 

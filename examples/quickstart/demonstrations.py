@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from ofp_lerobot.evaluation.environments.metaworld import (
     ACTION_DIM,
+    IMAGE,
+    STATE,
     STATE_DIM,
     STEP_RATE,
     Simulator,
@@ -25,7 +27,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     state_of,
 )
 
-IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
+ACTION = "action"
 REPO_ID = "local/quickstart"
 
 _GAIN = 10.0  # displacement per metre of distance on the detour

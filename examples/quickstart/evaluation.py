@@ -6,22 +6,32 @@ serves them all, and frames are drawn only where it looks: once per chunk.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ofp_lerobot.evaluation.environments.metaworld import STEP_RATE, Simulator, description, state_of
+from ofp_lerobot.evaluation.environments.metaworld import (
+    IMAGE,
+    STATE,
+    STEP_RATE,
+    MetaworldScene,
+    Simulator,
+    description,
+)
+from ofp_lerobot.evaluation.metrics import energy_distance, spread
+from ofp_lerobot.evaluation.rollout import MeasuredSession, roll_out
+from ofp_lerobot.evaluation.timing import milliseconds
+from ofp_lerobot.inference.policies import load_policy
+from ofp_lerobot.inference.sampling import Sampling
+from ofp_lerobot.inference.session import Runner
 
-from .demonstrations import IMAGE, STATE, Demonstrations, Recording, demonstrate, disturbances
+from .demonstrations import Demonstrations, Recording, demonstrate, disturbances
 from .report import animate
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[np.float32]
 
@@ -44,55 +54,23 @@ class Evaluation:
         return range(self.seed, self.seed + self.episodes)
 
 
-class Sampling(NamedTuple):
-    """How a checkpoint answers; `warm_start` as in the policy's configuration."""
-
-    sampler: str
-    steps: int
-    warm_start: float = 0.0
-
-
-class Actor:
-    """A checkpoint with its processors: observations in, chunks out."""
-
-    def __init__(self, checkpoint: Path, task: str) -> None:
-        from lerobot.policies.factory import make_pre_post_processors
-
-        from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-
-        self.policy: OFPPolicy = OFPPolicy.from_pretrained(checkpoint)
-        self._prepare, self._finish = make_pre_post_processors(self.policy.config, pretrained_path=str(checkpoint))
-        self._prompt = description(task)
-
-    def use(self, sampling: Sampling) -> None:
-        config = self.policy.config
-        config.sampler, config.num_inference_steps, config.warm_start = sampling
-
-    def prepare(self, images: NDArray[np.uint8], states: Array) -> dict[str, Any]:
-        """images (n, size, size, 3), states (n, 4) -> the policy's batch."""
-        import torch
-
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-        return self._prepare({IMAGE: pixels, STATE: torch.from_numpy(states), "task": [self._prompt] * len(states)})
-
-    def noise(self, rngs: Sequence[np.random.Generator]) -> Any:
-        """One start of the sampler (horizon, action) per generator."""
-        import torch
-
-        config = self.policy.config
-        shape = (config.chunk_size, config.max_action_dim)
-        return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
-
-    def act(self, batch: dict[str, Any], noise: Any, rest: Any = None) -> tuple[Array, Any]:
-        """Chunks of actions (n, horizon, action), and what `rest` is next time: the unexecuted part, normalised."""
-        chunk = self.policy.predict_action_chunk(batch, noise=noise, prev_chunk_left_over=rest)
-        return self._finish(chunk).numpy(), chunk[:, self.policy.config.n_action_steps :]
-
-
 @cache
-def load_actor(checkpoint: Path, task: str) -> Actor:
-    """An `Actor`, once per process."""
-    return Actor(checkpoint, task)
+def load_runner(checkpoint: Path) -> Runner:
+    """The checkpoint ready to act, once per process."""
+    return Runner(load_policy(checkpoint, device="cpu"))
+
+
+def runner_of(checkpoint: Path, sampling: Sampling) -> Runner:
+    """The checkpoint, answering in this way."""
+    runner = load_runner(checkpoint)
+    sampling.apply(runner.served.config)
+    return runner
+
+
+def draw_noise(runner: Runner, rngs: Sequence[np.random.Generator]) -> torch.Tensor:
+    """One start of the sampler (n, horizon, action) per generator."""
+    shape = (runner.served.config.chunk_size, runner.served.config.max_action_dim)
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
 
 @cache
@@ -109,8 +87,17 @@ class Outcome(NamedTuple):
     frames: list[NDArray[np.uint8]]
 
 
-def roll_out(
-    actor: Actor,
+class Blindfolded(MetaworldScene):
+    """Shows the same picture, whatever the camera sees."""
+
+    blindfold: NDArray[np.uint8]
+
+    def picture(self) -> NDArray[np.uint8]:
+        return self.blindfold
+
+
+def play_all(
+    runner: Runner,
     recording: Recording,
     evaluation: Evaluation,
     seeds: Sequence[int],
@@ -127,40 +114,35 @@ def roll_out(
     return [
         outcome
         for group in groups
-        for outcome in _roll_out_together(actor, recording, evaluation.max_steps, group, blindfold, film)
+        for outcome in _play_together(runner, recording, evaluation.max_steps, group, blindfold, film)
     ]
 
 
-def _roll_out_together(
-    actor: Actor,
+def _play_together(
+    runner: Runner,
     recording: Recording,
     max_steps: int,
     seeds: Sequence[int],
     blindfold: NDArray[np.uint8] | None,
     film: int | None,
 ) -> list[Outcome]:
-    envs = simulators(recording, len(seeds))
+    prompt = description(recording.task)
+    scenes = [
+        (MetaworldScene if blindfold is None else Blindfolded)(env, seed, prompt, recording.image_size, film_size=film)
+        for env, seed in zip(simulators(recording, len(seeds)), seeds, strict=True)
+    ]
+    for scene in scenes if blindfold is not None else ():
+        assert isinstance(scene, Blindfolded)
+        scene.blindfold = blindfold
     rngs = [np.random.default_rng(seed) for seed in seeds]
-    states = np.stack([state_of(env.reset(seed)) for env, seed in zip(envs, seeds, strict=True)])
-    images = np.zeros((len(seeds), recording.image_size, recording.image_size, 3), dtype=np.uint8)
-    solved, lengths = [False] * len(seeds), [0] * len(seeds)
-    frames: list[list[NDArray[np.uint8]]] = [[] for _ in seeds]
-    executed, rest = actor.policy.config.n_action_steps, None
-    while not all(solved) and max(lengths) < max_steps:
-        for i, env in enumerate(envs):
-            if not solved[i]:
-                images[i] = env.render(recording.image_size) if blindfold is None else blindfold
-        chunks, rest = actor.act(actor.prepare(images, states), actor.noise(rngs), rest)
-        for i, env in enumerate(envs):
-            for action in chunks[i, :executed]:
-                if solved[i]:
-                    break
-                raw, solved[i] = env.step(action)
-                states[i] = state_of(raw)
-                lengths[i] += 1
-                if film is not None:
-                    frames[i].append(env.render(film))
-    return [Outcome(*each) for each in zip(solved, lengths, frames, strict=True)]
+    courses = roll_out(
+        runner,
+        [MeasuredSession(runner.session(seed)) for seed in seeds],
+        scenes,
+        limit=-(-max_steps // runner.horizon) * runner.horizon,  # whole chunks
+        draw_noise=lambda: draw_noise(runner, rngs),
+    )
+    return [Outcome(scene.success, course.steps, scene.frames) for scene, course in zip(scenes, courses, strict=True)]
 
 
 def play(simulator: Simulator, seed: int, actions: Array, max_steps: int) -> bool:
@@ -194,37 +176,18 @@ def expert_chunks(recording: Recording, evaluation: Evaluation, horizon: int) ->
     )
 
 
-def policy_chunks(actor: Actor, recording: Recording, evaluation: Evaluation) -> Array:
+def policy_chunks(runner: Runner, recording: Recording, evaluation: Evaluation) -> Array:
     """(observations, draws, horizon, action): what the policy answers at the same starts."""
-    simulator = simulators(recording, 1)[0]
+    simulator, prompt = simulators(recording, 1)[0], description(recording.task)
     chunks = []
     for seed in evaluation.seeds()[: evaluation.observations]:
-        state = state_of(simulator.reset(seed))
-        image = simulator.render(recording.image_size)
-        rngs = [np.random.default_rng((seed, draw)) for draw in range(evaluation.draws)]
-        batch = actor.prepare(np.stack([image] * len(rngs)), np.stack([state] * len(rngs)))
-        chunks.append(actor.act(batch, actor.noise(rngs))[0])
+        observation = MetaworldScene(simulator, seed, prompt, recording.image_size).observe()
+        draws = range(evaluation.draws)
+        sessions = [runner.session(seed, draw) for draw in draws]
+        noise = draw_noise(runner, [np.random.default_rng((seed, draw)) for draw in draws])
+        answers = runner.infer(sessions, [observation] * len(draws), noise)
+        chunks.append(np.stack([answer.plan for answer in answers]))
     return np.stack(chunks)
-
-
-def energy_distance(samples: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
-    """2·E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖, 0 in the mean where X and Y have one distribution.
-
-    X is estimated from independent draws `samples` (n, ...); Y is drawn from `reference` (m, ...), which need not be
-    independent draws. Distances are root mean squares over the elements, so in units of one action.
-    """
-
-    def distances(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-        gap = a.reshape(len(a), 1, -1) - b.reshape(1, len(b), -1)
-        return np.sqrt(np.mean(gap**2, axis=-1))
-
-    own = distances(samples, samples).sum() / (len(samples) * (len(samples) - 1))
-    return float(2 * distances(samples, reference).mean() - own - distances(reference, reference).mean())
-
-
-def spread(chunks: NDArray[np.floating]) -> float:
-    """Root mean square standard deviation over the draws of chunks (observations, draws, ...)."""
-    return float(np.sqrt(np.mean(np.var(chunks, axis=1, ddof=1))))
 
 
 # What the quickstart's worker processes run; results are plain JSON.
@@ -234,10 +197,9 @@ def measure(
     checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, experts: Path
 ) -> dict[str, Any]:
     """Closed-loop episodes of a checkpoint, and how its chunks at fixed starts compare with those in `experts`."""
-    actor = load_actor(checkpoint, recording.task)
-    actor.use(sampling)
-    outcomes = roll_out(actor, recording, evaluation, evaluation.seeds())
-    chunks = policy_chunks(actor, recording, evaluation)
+    runner = runner_of(checkpoint, sampling)
+    outcomes = play_all(runner, recording, evaluation, evaluation.seeds())
+    chunks = policy_chunks(runner, recording, evaluation)
     distances = [energy_distance(own, theirs) for own, theirs in zip(chunks, np.load(experts), strict=True)]
     return {**_plain(outcomes), "energy_distance": float(np.mean(distances)), "spread": spread(chunks)}
 
@@ -262,10 +224,9 @@ def measure_blind(
     checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, dataset: Path
 ) -> dict[str, Any]:
     """The same policy, shown the average of the recorded pictures whatever happens."""
-    actor = load_actor(checkpoint, recording.task)
-    actor.use(sampling)
+    runner = runner_of(checkpoint, sampling)
     blindfold = Demonstrations(dataset).mean_image()
-    return _plain(roll_out(actor, recording, evaluation, evaluation.seeds(), blindfold=blindfold))
+    return _plain(play_all(runner, recording, evaluation, evaluation.seeds(), blindfold=blindfold))
 
 
 def measure_replay(recording: Recording, evaluation: Evaluation, dataset: Path) -> dict[str, Any]:
@@ -286,17 +247,14 @@ def measure_latency(
 ) -> dict[str, list[float]]:
     """Median milliseconds of one chunk for one observation, from the prepared batch on; the first calls warm up."""
     size, calls = recording.image_size, evaluation.latency_calls
+    shown = {IMAGE: np.full((size, size, 3), 128, dtype=np.uint8), STATE: np.zeros(4, dtype=np.float32)}
     medians = []
     for checkpoint, sampling in cases:
-        actor = load_actor(checkpoint, recording.task)
-        actor.use(sampling)
-        batch = actor.prepare(np.full((1, size, size, 3), 128, dtype=np.uint8), np.zeros((1, 4), dtype=np.float32))
-        noise = actor.noise([np.random.default_rng(0)])
-        times = []
-        for _ in range(calls + calls // 4):
-            start = perf_counter()
-            actor.policy.predict_action_chunk(batch, noise=noise)
-            times.append(1e3 * (perf_counter() - start))
+        runner = runner_of(checkpoint, sampling)
+        served, noise = runner.served, draw_noise(runner, [np.random.default_rng(0)])
+        batch = served.preprocess(runner.batch([{**shown, "task": description(recording.task)}]))
+        answer = partial(served.policy.predict_action_chunk, batch, noise=noise)
+        times = [milliseconds(answer, torch.device("cpu")) for _ in range(calls + calls // 4)]
         medians.append(median(times[calls // 4 :]))
     return {"milliseconds": medians}
 
@@ -305,10 +263,9 @@ def film(
     checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, path: Path
 ) -> dict[str, Any]:
     """A GIF of the first episodes, every other frame."""
-    actor = load_actor(checkpoint, recording.task)
-    actor.use(sampling)
+    runner = runner_of(checkpoint, sampling)
     seeds = evaluation.seeds()[:FILM_EPISODES]
-    outcomes = roll_out(actor, recording, evaluation, seeds, film=FILM_SIZE)
+    outcomes = play_all(runner, recording, evaluation, seeds, film=FILM_SIZE)
     rate = STEP_RATE // recording.action_repeat // 2
     animate([[*outcome.frames[::2], outcome.frames[-1]] for outcome in outcomes], path, rate)
     return {"frames": max(outcome.actions for outcome in outcomes)}

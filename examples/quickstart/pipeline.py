@@ -12,22 +12,23 @@ from tqdm import tqdm
 
 from ofp_lerobot.evaluation.environments.metaworld import description
 from ofp_lerobot.evaluation.stages import is_done, made_by, plain, seconds_taken, stage
+from ofp_lerobot.inference.sampling import Sampling
 
 from . import evaluation as ev
 from . import report as reports
 from .demonstrations import Recording, record
-from .evaluation import Evaluation, Sampling
+from .evaluation import Evaluation
 from .training import Training, base_flags, branch_flags, checkpoint, lerobot_train
 
 PROCESSES = 2
 OFP, FLOW_MATCHING = "ofp", "flow_matching"
 ROWS = (
-    (OFP, Sampling("flow_map", 1)),
-    (OFP, Sampling("flow_map", 1, warm_start=0.15)),
-    (OFP, Sampling("flow_map", 2)),
-    (OFP, Sampling("euler", 10)),
-    (FLOW_MATCHING, Sampling("euler", 1)),
-    (FLOW_MATCHING, Sampling("euler", 10)),
+    (OFP, Sampling.plain("flow_map", 1)),
+    (OFP, Sampling.plain("flow_map", 1, warm_start=0.15)),
+    (OFP, Sampling.plain("flow_map", 2)),
+    (OFP, Sampling.plain("euler", 10)),
+    (FLOW_MATCHING, Sampling.plain("euler", 1)),
+    (FLOW_MATCHING, Sampling.plain("euler", 10)),
 )
 BASELINES = ("replay", "mean", "blind")
 RESULT = "result.json"

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ofp_lerobot.evaluation.statistics import wilson_interval
-
-if TYPE_CHECKING:
-    from .evaluation import Sampling
+from ofp_lerobot.evaluation.tables import markdown_table
+from ofp_lerobot.inference.sampling import Sampling
 
 
 def success_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def success_of(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms: float) -> dict[str, Any]:
+def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: float) -> dict[str, Any]:
     """One policy answering in one way; result: of `evaluation.measure`."""
     return {
         "policy": policy,
@@ -45,7 +44,7 @@ def row_of(policy: str, sampling: "Sampling", result: dict[str, Any], latency_ms
 def table(report: dict[str, Any]) -> str:
     """The rows and baselines in Markdown."""
     names = ("policy", "sampler", "steps", "warm start", "success [95 %]", "actions", "energy distance", "spread", "ms")
-    lines = [names, ["---"] * len(names)]
+    lines = []
     for row in report["rows"]:
         policy = [row["policy"], row["sampler"], row["steps"], row["warm_start"] or "–"]
         measures = [f"{row['energy_distance']:.3f}", f"{row['spread']:.3f}", f"{row['latency_ms']:.1f}"]
@@ -54,7 +53,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append([row["name"], *["–"] * 3, *_success(row), *["–"] * 3])
     row = report["demonstrator"]
     lines.append(["demonstrator", *["–"] * 3, *_success(row), "0", f"{row['spread']:.3f}", "–"])
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(markdown_table(names, lines))
 
 
 def _success(row: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from pyarrow.lib import ArrowInvalid
 from tqdm import tqdm
 
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.evaluation.closed_loop.results import write_whole
+from ofp_lerobot.files import write_whole
 
 from .keywords import TASKS, is_instruction_of
 

@@ -13,6 +13,7 @@ from benchmarks.quality.metaworld import evaluation as ev
 from benchmarks.quality.metaworld.__main__ import main, parse
 from benchmarks.quality.metaworld.demonstrations import Episode, Recording, View
 from ofp_lerobot.evaluation.environments.metaworld import Simulator
+from ofp_lerobot.inference.sampling import Sampling
 
 TASK = "window-open-v3"
 
@@ -230,7 +231,7 @@ def test_a_curve_tells_how_it_was_answered(changes, label, fmt):
 
 def test_speedups_are_of_the_same_rounds():
     def timed(sampler, steps, passes, chunks):
-        return ev.Sampling(sampler, steps)._asdict() | {"action_pass_rounds": passes, "chunk_rounds": chunks}
+        return report.answering(Sampling.plain(sampler, steps)) | {"action_pass_rounds": passes, "chunk_rounds": chunks}
 
     # A load that doubles everything in every other round leaves the ratios as they are.
     load = [1.0, 2.0] * 5
@@ -336,10 +337,10 @@ def test_a_tiny_run_of_the_stages(tmp_path):
 
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
     samplings = [
-        ev.Sampling("flow_map", 1),
-        ev.Sampling("euler", 2, 0.15),
-        ev.Sampling("flow_map", 1, samples=3),
-        ev.Sampling("flow_map", 1, temperature=0.5),
+        Sampling.plain("flow_map", 1),
+        Sampling.plain("euler", 2, warm_start=0.15),
+        Sampling.plain("flow_map", 1, samples=3),
+        Sampling.plain("flow_map", 1, temperature=0.5),
     ]
     plain, cool = 0, 3
     arguments = (TASK, recording, evaluation, tmp_path / "chunks.npy")
@@ -350,8 +351,8 @@ def test_a_tiny_run_of_the_stages(tmp_path):
         )
     assert ev.measure(tmp_path / "ofp", samplings[plain], *arguments) == results[plain]
     assert results[cool]["spread"] < 0.8 * results[plain]["spread"]
-    slow = ev.Sampling("ddim", 3)
-    bare = ev.Sampling(latency.PLAIN, 2)
+    slow = Sampling.plain("ddim", 3)
+    bare = Sampling.plain(latency.PLAIN, 2)
     *times, flow, peer = latency.measure_latency(tmp_path / "ofp", [*samplings, bare, slow], small, rounds=2, turn=3)
     assert peer["chunk_ms"] > 0 and peer["action_pass_ms"] is None and peer["action_pass_rounds"] == []
     assert flow["action_pass_ms"] > 0 and flow["chunk_ms"] is None
@@ -360,12 +361,12 @@ def test_a_tiny_run_of_the_stages(tmp_path):
     rows = report.rows_of(
         [
             {"condition": "clean", "objective": "ofp", "start": "flow_matching", "seed": 0, "task": TASK}
-            | sampling._asdict()
+            | report.answering(sampling)
             | found
             for sampling, found in zip(samplings, results, strict=True)
         ]
     )
-    times = [{**sampling._asdict(), **each} for sampling, each in zip(samplings, times, strict=True)]
+    times = [{**report.answering(sampling), **each} for sampling, each in zip(samplings, times, strict=True)]
     report.plot({"rows": rows, "latency": times}, tmp_path / "success.png")
     assert (tmp_path / "success.png").stat().st_size > 0
 
@@ -388,7 +389,7 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
     counts = diffusion.train([(TASK, dataset)], small, 3, 0, trained)
     assert counts["samples_per_step"] == {"with_gradient": 4.0, "without_gradient": 0.0}
 
-    actor = ev.actor_of(trained)
+    actor = ev.Actor(trained)
     rng = np.random.default_rng(5)
     raw = rng.normal(size=(2, 39)).astype(np.float32)
     checkpoint = str(trained / "checkpoint")
@@ -396,9 +397,9 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
     prepare, finish = make_pre_post_processors(stock.config, pretrained_path=checkpoint)
     for sampler, steps in (("ddim", 2), ("ddpm", 100)):
         noise = torch.from_numpy(rng.normal(size=(2, 8, 4)).astype(np.float32))
-        actor.use(ev.Sampling(sampler, steps))
-        own, rest = actor.act(actor.prepare(raw, TASK), noise)
-        assert own.shape == (2, 8, 4) and rest is None
+        actor.use(Sampling.plain(sampler, steps))
+        own = actor.answer([actor.see(each, TASK) for each in raw], noise)
+        assert own.shape == (2, 8, 4)
         # The checkpoint as it was saved answers with DDPM.
         asked = DiffusionPolicy.from_pretrained(checkpoint).eval()
         if sampler == "ddim":
@@ -419,7 +420,7 @@ def test_diffusion_trains_and_answers_as_lerobot_does(tmp_path):
 
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
     arguments = (TASK, recording, evaluation, tmp_path / "chunks.npy")
-    for sampling in (ev.Sampling("ddim", 1), ev.Sampling("ddpm", 100)):
+    for sampling in (Sampling.plain("ddim", 1), Sampling.plain("ddpm", 100)):
         once = ev.measure(trained, sampling, *arguments)
         assert once == ev.measure(trained, sampling, *arguments) and np.isfinite(once["jump"])
 
@@ -469,38 +470,46 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(2, 40, 40, 3), dtype=np.uint8)
     noise = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
     ev.measure_experts(TASK, "clean", recording, evaluation, small.horizon, tmp_path / "chunks.npy")
-    for name, sampling in (("ofp", ev.Sampling("flow_map", 1)), ("diffusion", ev.Sampling("ddim", 2))):
-        actor = ev.actor_of(tmp_path / name)
+    for name, sampling in (("ofp", Sampling.plain("flow_map", 1)), ("diffusion", Sampling.plain("ddim", 2))):
+        actor = ev.Actor(tmp_path / name)
         actor.use(sampling)
-        own, _ = actor.act(actor.prepare(raw, TASK, images), noise)
+        own = actor.answer([actor.see(*each) for each in zip(raw, (TASK, TASK), images, strict=True)], noise)
         seen = preprocess_observation({"pixels": images, "agent_pos": raw[:, :4]})
         if name == "diffusion":
             seen["observation.environment_state"] = seen["observation.state"]
             seen["observation.state"] = torch.zeros(2, 1)
             seen = {key: value[:, None] for key, value in seen.items()}
         checkpoint = str(tmp_path / name / "checkpoint")
-        prepare, finish = make_pre_post_processors(actor.policy.config, pretrained_path=checkpoint)
-        stock = finish(actor.policy.predict_action_chunk(prepare(seen), noise=noise)).numpy()
+        policy = actor.runner.policy if name == "diffusion" else actor.runner.served.policy
+        prepare, finish = make_pre_post_processors(policy.config, pretrained_path=checkpoint)
+        stock = finish(policy.predict_action_chunk(prepare(seen), noise=noise)).numpy()
         np.testing.assert_allclose(own, stock, atol=1e-5)
-        blind, _ = actor.act(actor.prepare(raw, TASK, images[::-1].copy()), noise)
+        blind = actor.answer([actor.see(*each) for each in zip(raw, (TASK, TASK), images[::-1], strict=True)], noise)
         assert np.abs(blind - own).max() > 1e-6
 
         # In episodes, and where the distribution is measured, it sees where the hand is.
-        asked, prepared = [], type(actor).prepare
+        asked, raws, infer, see = [], [], type(actor.runner).infer, ev.Actor.see
 
-        def spy(self, raw, task, images, asked=asked, prepared=prepared):
-            asked.append((raw.copy(), images.copy()))
-            return prepared(self, raw, task, images)
+        def spy(self, sessions, observations, noise=None, asked=asked, raws=raws, infer=infer):
+            asked.append((raws[-len(observations) :], [each["observation.image"] for each in observations]))
+            return infer(self, sessions, observations, noise)
+
+        def noted(self, raw, task, picture, raws=raws, see=see):
+            raws.append(raw.copy())
+            return see(self, raw, task, picture)
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(actor), "prepare", spy)
+            patch.setattr(type(actor.runner), "infer", spy)
+            patch.setattr(ev.Actor, "see", noted)
             found = ev.measure(tmp_path / name, sampling, TASK, recording, evaluation, tmp_path / "chunks.npy")
         assert len(found["solved"]) == 2 and np.isfinite(found["energy_distance"])
-        assert [len(raw) for raw, _ in asked] == [2, 2, 3, 3]
-        for raws, seen in asked:
-            np.testing.assert_array_equal(seen, [paint(each[:3], 40) for each in raws])
-        assert np.ptp(asked[1][0][:, :3] - asked[0][0][:, :3]) > 1e-3
-    samplings = [ev.Sampling("flow_map", 1), sampling]
+        assert [len(seen) for _, seen in asked] == [2, 2, 3, 3]
+        for raws_then, seen in asked[:2]:
+            np.testing.assert_array_equal(seen, [paint(each[:3], 40) for each in raws_then])
+        for raws_then, seen in asked[2:]:  # one observation, several draws
+            np.testing.assert_array_equal(seen, [paint(raws_then[-1][:3], 40)] * 3)
+        assert np.ptp(np.subtract(asked[1][0], asked[0][0])[:, :3]) > 1e-3
+    samplings = [Sampling.plain("flow_map", 1), sampling]
     times = latency.measure_latency(tmp_path / "ofp", samplings, small, rounds=1, turn=1)
     assert all(each["chunk_ms"] > 0 for each in times)
 

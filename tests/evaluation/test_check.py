@@ -13,9 +13,9 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.collate import lerobot_collate_fn
 from safetensors.torch import load_file, save_file
 
-from ofp_lerobot.checkpoints.reader import load_config
 from ofp_lerobot.evaluation.offline import command, inputs, main, measure, report, verdict
 from ofp_lerobot.flow_map.ema import copy_weights
+from ofp_lerobot.inference.policies import load_policy
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.network import NEW_PARAMETERS
 from ofp_lerobot.policies.training_state import TrainingState, save_training_state, state_path
@@ -212,7 +212,16 @@ def test_chunks_executed_whole_meet_at_a_seam(dataset, tokenizer, tmp_path, caps
 def test_report(saved, dataset, tmp_path, capsys):
     found = check(saved, dataset, tmp_path, "--latency-calls=2")
     assert found.keys() == {
-        *("checkpoint", "data", "warm_start", "demonstrations", "normalised", "ratios_to_ten", "bootstrap"),
+        *(
+            "checkpoint",
+            "data",
+            "warm_start",
+            "demonstrations",
+            "normalised",
+            "ratios_to_ten",
+            "sharpness",
+            "bootstrap",
+        ),
         *("error_by_step", "successive", "per_dimension", "latency_ms", "thresholds", "verdicts", "limits", "versions"),
     }
     assert found["data"]["episodes"] == [1, 2] and len(found["data"]["frames"]) == FRAMES
@@ -229,9 +238,8 @@ def test_noise_does_not_depend_on_the_batch_size(result, saved, dataset, tmp_pat
 
 
 def test_no_successor(saved, dataset, tmp_path, capsys):
-    config, _ = load_config(saved, "cpu")
-    checkpoint = inputs.load_checkpoint(saved, config, "student", None)
-    data = inputs.load_episodes(LeRobotDatasetMetadata(runs.REPO, dataset), dataset, config, [1])
+    checkpoint = load_policy(saved, device="cpu", as_ofp=True, rename_map=None, compile_model=False)
+    data = inputs.load_episodes(LeRobotDatasetMetadata(runs.REPO, dataset), dataset, checkpoint.config, [1])
     collected = measure.collect(checkpoint, data, frames=2, draws=2, batch_size=2, fraction=FRACTION, seed=0)
     statistics = measure.summarise(replace(collected, later=None), executed=4, seed=0)
     assert statistics["successive"] is None
@@ -258,7 +266,7 @@ def test_teacher(copied, dataset, tmp_path, result):
 def as_pi05(checkpoint):
     """The checkpoint as one of LeRobot's `pi05`: its type, no target-time branch."""
     config = json.loads((checkpoint / "config.json").read_text())
-    for name in ("sampler", "warm_start", "objective", "schedule_steps"):
+    for name in ("sampler", "warm_start", "objective", "ofp_paper"):
         del config[name]
     settings = {"type": "pi05", "tokenizer_max_length": 32, "num_inference_steps": 10, "compile_model": True}
     (checkpoint / "config.json").write_text(json.dumps({**config, **settings, "an_option_of_tomorrow": 1}))
@@ -271,8 +279,7 @@ def test_plain_pi05_is_judged_by_one_step_flow_matching(copied, dataset, tmp_pat
     as_pi05(copied)
     found = check(copied, dataset, tmp_path)
     assert found["checkpoint"]["type"] == "pi05"
-    config, _ = load_config(copied, "cpu")
-    checkpoint = inputs.load_checkpoint(copied, config, "student", None)
+    checkpoint = load_policy(copied, device="cpu", as_ofp=True, rename_map=None, compile_model=False)
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():
         ours = measure.sample(checkpoint.policy, batch, noise, {}, 0)
@@ -297,8 +304,7 @@ def test_adapter(saved, tmp_path):
         shutil.copy(file, adapter)
     if (saved / "tokenizer").is_dir():  # LeRobot saves it with the processors since 0.6.2
         shutil.copytree(saved / "tokenizer", adapter / "tokenizer")
-    config, _ = load_config(adapter, "cpu")
-    loaded = inputs.load_checkpoint(adapter, config, "student", None).policy
+    loaded = load_policy(adapter, device="cpu", rename_map=None).policy
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():
         ours = measure.sample(loaded, batch, noise, {}, 0)["one"][:, 0]
@@ -470,7 +476,7 @@ def measured(*, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constan
         (measured(error=(1.1, 0.9, 1.3)), "undecided", "more frames or episodes"),
         (measured(spread=0.2), "collapsed", "one step has collapsed: spread 0.20 of ten steps' (healthy 0.7 to 1.4)"),
         (measured(few={"std_ratio": 0.5}), "collapsed", "0.50 times the demonstrations' deviation"),
-        (measured(few={"std_ratio": 1.8}), "over_guided", "lower --policy.guidance_weight"),
+        (measured(few={"std_ratio": 1.8}), "over_guided", "lower --policy.consistency_weight"),
         (measured(few={"std_ratio": 1.8}, ten={"std_ratio": 1.9}), "wrong_size", "training diverged"),
         (measured(spread=1.9), "scattered", "noisier than ten"),
         (measured(spread=0.2, few={"spread": 0.01}, ten={"spread": 0.04}), "as_good", "the spread cannot tell"),
@@ -480,6 +486,74 @@ def test_verdict(case, label, text):
     one, two = verdict.judge(case)
     assert (one["about"], one["label"]) == ("one", label) and text in one["text"]
     assert two["label"] == label and two["text"] != one["text"]
+
+
+def law(rng, shape, *, width=1.0, modes=0.0):
+    """Chunks (f, k, 3, 2) of width `width` around one of two modes at ± `modes`."""
+    side = modes * rng.choice([-1.0, 1.0], size=(*shape, 1, 1))
+    return side + width * rng.normal(size=(*shape, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("answers", "modes", "spread", "nearest"),
+    [
+        ({}, 0, (0.95, 1.05), (0.95, 1.05)),  # the demonstrations' own law
+        ({"width": 2.0}, 0, (1.9, 2.1), (1.2, 3)),
+        ({"width": 0.0}, 0, (0, 0.01), (0, 0.95)),  # their mean
+        ({}, 6, (0.95, 1.05), (0.95, 1.05)),
+        ({"width": 0.3}, 6, (0.9, 1.05), (0, 0.95)),  # sharper, in both modes
+        ({"width": 0.3, "modes": 0}, 6, (0, 0.2), (3, 10)),  # between them
+    ],
+)
+def test_sharpness_of_known_laws(answers, modes, spread, nearest):
+    rng = np.random.default_rng(0)
+    few = law(rng, (1600, 8), **{"modes": modes, **answers})
+    ten, target = law(rng, (1600, 8), modes=modes), law(rng, (1600,), modes=modes)
+    valid = np.arange(3) < rng.integers(1, 4, size=(1600, 1))
+    found = measure.sharpness(few, ten, target, valid, np.arange(1600), seed=0)
+    for name, (low, high) in (("spread", spread), ("nearest", nearest)):
+        assert low - 0.05 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= high + 0.05
+        assert low <= found[name]["value"] <= high
+
+
+def test_nearest_against_loops():
+    rng = np.random.default_rng(0)
+    few, ten = rng.normal(size=(2, 5, 4, 3, 2))
+    valid = np.arange(3) < np.array([[1], [2], [3], [3], [2]])
+    for f, found in enumerate(measure.log_nearest(few, ten, valid)):
+        distances = [
+            min(np.mean((few[f, i, valid[f]] - ten[f, j, valid[f]]) ** 2) for j in range(4) if j != i) ** 0.5
+            for i in range(4)
+        ]
+        assert found == pytest.approx(np.log(distances).mean())
+
+
+@pytest.mark.parametrize(
+    ("spread", "nearest", "noise", "label", "text"),
+    [
+        ((1.0, 0.9, 1.2), (1.0, 0.9, 1.1), 0.0, None, None),
+        ((0.4, 0.3, 0.5), (0.8, 0.7, 0.9), 0.3, None, None),  # sharper than the data, and where the data is
+        ((1.3, 1.2, 1.4), (1.0, 0.9, 1.3), 0.3, "too_spread", "raise --policy.sharpening_noise=0.3 (try 0.5)"),
+        ((2.0, 1.9, 2.1), (1.8, 1.7, 1.9), 0.0, "too_spread", "raise --policy.sharpening_noise=0 (try 0.2)"),
+        ((1.2, 1.0, 1.4), (1.0, 0.9, 1.3), 0.3, None, None),  # not certain
+        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.5, "too_sharp", "lower --policy.sharpening_noise=0.5"),
+        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.0, "too_sharp", "train longer"),
+    ],
+)
+def test_verdict_on_sharpness(spread, nearest, noise, label, text):
+    names = ("value", "low", "high")
+    result = measured() | {
+        "sharpness": {
+            "spread": dict(zip(names, spread, strict=True)),
+            "nearest": dict(zip(names, nearest, strict=True)),
+        },
+        "checkpoint": {"sharpening_noise": noise},
+    }
+    found = verdict.judge_sharpness(result)
+    assert [each["label"] for each in found] == ([label] if label else [])
+    assert not label or text in found[0]["text"]
+    result["normalised"]["one"]["spread"] = 0.01
+    assert verdict.judge_sharpness(result) == []
 
 
 def test_verdict_on_a_policy_that_does_not_follow():

@@ -15,11 +15,12 @@ import pytest
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop import command as compare
 from ofp_lerobot.evaluation.closed_loop import workers
-from ofp_lerobot.evaluation.closed_loop.jobs import PolicySpec, Start
-from ofp_lerobot.evaluation.closed_loop.planning import jump
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, do_all
 from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness
+from ofp_lerobot.evaluation.episodes import Start
+from ofp_lerobot.evaluation.metrics import jump
 from ofp_lerobot.evaluation.statistics import wilson_interval
 from robotwin_eval.environment import RoboTwinHarness
 from tests import small
@@ -227,7 +228,7 @@ def test_processes_survive_what_dies_in_them(policy_path, tmp_path, monkeypatch)
 def test_robotwins_process_is_asked_as_its_scripts_do(runner, classic, tmp_path, monkeypatch):
     """The renderer's cache is emptied every fifth episode; killed between two requests, it says so and starts anew."""
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
-    harness = RoboTwinHarness(classic, sys.executable)
+    harness = RoboTwinHarness("robotwin", {"root": classic, "python": sys.executable})
 
     def play(seed):
         harness.play(Start("adjust_bottle", "demo_clean", seed, "go"), runner, 0, {}, film=False)
@@ -250,12 +251,13 @@ def test_robotwins_process_is_asked_as_its_scripts_do(runner, classic, tmp_path,
 @pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("2,5", "5"), ("GPU-a, GPU-b", "GPU-b")])
 def test_robotwin_renders_on_the_policys_gpu(classic, monkeypatch, visible, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = {"root": classic, "python": "python"}
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert RoboTwinHarness(classic, "python", device="cuda:1")._environment["CUDA_VISIBLE_DEVICES"] == expected
+    assert RoboTwinHarness("robotwin", settings, "cuda:1")._environment["CUDA_VISIBLE_DEVICES"] == expected
     if visible is not None:
         with pytest.raises(compare.UserError, match="2 devices"):
-            RoboTwinHarness(classic, "python", device="cuda:2")
+            RoboTwinHarness("robotwin", settings, "cuda:2")
 
 
 def test_stock_pi05_and_its_weights_in_our_code_play_the_same_episodes(tokenizer, classic, tmp_path):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ofp_lerobot.evaluation.closed_loop.jobs import PolicySpec
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.report import markdown, plot, summarise
-from ofp_lerobot.evaluation.closed_loop.results import Chunk, Episode
+from ofp_lerobot.evaluation.episodes import Chunk, Episode
 
 POLICIES = [PolicySpec("new", "x"), PolicySpec("old", "y")]
 SETTINGS = {"harness": {"kind": "robotwin", "settings": {}}, "policies": {"new": {}, "old": {}}}

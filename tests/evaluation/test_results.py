@@ -1,6 +1,7 @@
 import pytest
 
-from ofp_lerobot.evaluation.closed_loop.results import Chunk, Episode, open_results, read_results
+from ofp_lerobot.evaluation.closed_loop.results import open_results, read_results
+from ofp_lerobot.evaluation.episodes import Chunk, Episode
 
 
 def episode(seed=0, success=True, **changes):

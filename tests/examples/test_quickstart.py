@@ -15,11 +15,13 @@ from transformers import AutoTokenizer
 
 from examples.quickstart import evaluation, report, training
 from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
-from examples.quickstart.evaluation import Evaluation, Sampling
+from examples.quickstart.evaluation import Evaluation
 from examples.quickstart.pipeline import BASELINES, ROWS, Settings
 from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
+from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
+from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.policies.ofp.small_tokenizer import UNKNOWN, build_tokenizer
 
 KEYS = {
@@ -48,23 +50,23 @@ def test_energy_distance_is_scipys_without_its_bias_in_the_samples():
     x, y = rng.normal(size=30), rng.normal(0.5, 2, size=40)
     bias = np.abs(x[:, None] - x[None]).mean() / (len(x) - 1)
     expected = stats.energy_distance(x, y) ** 2 - bias
-    assert evaluation.energy_distance(x[:, None], y[:, None]) == pytest.approx(expected)
+    assert energy_distance(x[:, None], y[:, None]) == pytest.approx(expected)
 
 
 def test_energy_distance_sees_averaged_and_dropped_modes():
     rng = np.random.default_rng(0)
     modes = rng.normal(size=(2, 8, 4))
-    faithful = [evaluation.energy_distance(modes[rng.integers(2, size=32)], modes) for _ in range(400)]
+    faithful = [energy_distance(modes[rng.integers(2, size=32)], modes) for _ in range(400)]
     assert np.mean(faithful) == pytest.approx(0, abs=0.01)
     noise = 0.05 * rng.normal(size=(32, 8, 4))
-    assert evaluation.energy_distance(noise + modes.mean(axis=0), modes) > 0.3
-    assert evaluation.energy_distance(noise + modes[0], modes) > 0.3
+    assert energy_distance(noise + modes.mean(axis=0), modes) > 0.3
+    assert energy_distance(noise + modes[0], modes) > 0.3
 
 
 def test_spread_is_over_the_draws_of_one_observation():
     rng = np.random.default_rng(0)
     chunks = 10 * rng.normal(size=(16, 1, 8, 4)) + 0.2 * rng.normal(size=(16, 400, 8, 4))
-    assert evaluation.spread(chunks) == pytest.approx(0.2, rel=0.02)
+    assert spread(chunks) == pytest.approx(0.2, rel=0.02)
 
 
 def test_mean_demonstration_goes_on_with_the_last_action():
@@ -113,8 +115,8 @@ def test_the_branches_differ_in_their_objective_only(tmp_path):
     ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
     assert {key for key in ofp if ofp[key] != flow[key]} == {"policy.objective"}
     base = training.base_flags(settings, tmp_path, 100, 64)
-    assert base["steps"] == base["policy.schedule_steps"] == settings.base_steps
-    assert ofp["steps"] == ofp["policy.schedule_steps"] == settings.steps
+    assert base["steps"] == base["policy.scheduler_decay_steps"] == settings.base_steps
+    assert ofp["steps"] == ofp["policy.scheduler_decay_steps"] == settings.steps
 
 
 def fake_lerobot_train(directory, code):
@@ -182,7 +184,9 @@ def test_pictures_are_written(tmp_path):
 def test_evaluation_starts_are_not_recorded():
     recording, measured = Recording(), Evaluation()
     assert not set(range(recording.seed, recording.seed + recording.episodes)) & set(measured.seeds())
-    assert measured.episodes >= 30 and any(sampling == Sampling("flow_map", 1, 0.15) for _, sampling in ROWS)
+    assert measured.episodes >= 30 and any(
+        sampling == Sampling.plain("flow_map", 1, warm_start=0.15) for _, sampling in ROWS
+    )
 
 
 def test_disturbances_are_a_function_of_seed_and_index():

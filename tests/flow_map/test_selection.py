@@ -5,25 +5,14 @@ import pytest
 import torch
 
 from ofp_lerobot.flow_map.selection import densest
-
-
-def by_hand(samples: np.ndarray) -> np.ndarray:
-    """Of each column the sample with the least mean distance to its ⌈k/4⌉ nearest others."""
-    chosen = []
-    for column in samples.transpose(1, 0, 2, 3):
-        loneliness = []
-        for i, sample in enumerate(column):
-            others = [np.sqrt(((sample - other) ** 2).sum()) for j, other in enumerate(column) if j != i]
-            loneliness.append(np.mean(sorted(others)[: int(np.ceil(len(column) / 4))]) if others else 0.0)
-        chosen.append(column[int(np.argmin(loneliness))])
-    return np.stack(chosen)
+from tests.small import densest_by_hand
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 13])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_is_the_sample_nearest_to_its_nearest(k, seed):
     samples = torch.randn(k, 5, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    np.testing.assert_array_equal(densest(samples.float()).numpy(), by_hand(samples.float().double().numpy()))
+    np.testing.assert_array_equal(densest(samples.float()).numpy(), densest_by_hand(samples.float().double().numpy()))
 
 
 def test_it_stays_in_a_mode_where_the_medoid_is_between_them():
@@ -38,7 +27,7 @@ def test_samples_that_are_alike_are_told_apart():
     """Distances of 1e-4 beside coordinates of 10."""
     at = torch.cumsum(torch.cat([torch.tensor([0.0]), torch.linspace(40, 1, 31)]), dim=0)  # ever closer
     samples = (10 + 1e-4 * at).view(32, 1, 1, 1).expand(32, 1, 4, 8)
-    np.testing.assert_array_equal(densest(samples).numpy(), by_hand(samples.double().numpy()))
+    np.testing.assert_array_equal(densest(samples).numpy(), densest_by_hand(samples.double().numpy()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

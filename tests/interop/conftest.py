@@ -20,6 +20,22 @@ REAL_NAMES = {
     "vision_variant": "siglip_so400m",
 }
 
+# Of the golden cases: openpi's name -> LeRobot's.
+CAMERAS = {name: f"observation.images.{name}" for name in cases.IMAGES}
+
+
+def flags(tokenizer, *more, state="--state-in-prompt"):
+    return [
+        *(f"--camera={theirs}={ours}" for theirs, ours in reversed(CAMERAS.items())),  # any order
+        f"--chunk-size={cases.HORIZON}",
+        f"--state-size={cases.STATES}",
+        f"--action-size={cases.ROBOT_ACTIONS}",
+        f"--max-token-len={cases.TEXT}",
+        f"--tokenizer={tokenizer}",
+        state,
+        *more,
+    ]
+
 
 _gemma = network.get_gemma_config
 

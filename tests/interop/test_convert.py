@@ -20,9 +20,8 @@ from ofp_lerobot.interop import openpi_layout, processors
 from ofp_lerobot.interop.command import convert
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import runs, small
-from tests.interop.conftest import REAL_NAMES, golden_state, openpi_checkpoint
+from tests.interop.conftest import REAL_NAMES, flags, golden_state, openpi_checkpoint
 from tests.interop.golden import cases
-from tests.interop.test_golden import flags
 
 
 @pytest.fixture

@@ -16,25 +16,11 @@ from ofp_lerobot.interop.command import convert
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.processor_steps import PillowResizeStep
 from tests import small
-from tests.interop.conftest import REAL_NAMES, floats, golden_state, openpi_checkpoint, real_sizes
+from tests.interop.conftest import CAMERAS, REAL_NAMES, flags, floats, golden_state, openpi_checkpoint, real_sizes
 from tests.interop.golden import cases
 from tests.interop.golden.exports import golden_policy
 
 REAL_SIZES = {"vocabulary_size": 257152, "image_resolution": (224, 224), "max_action_dim": 32}
-CAMERAS = {name: f"observation.images.{name}" for name in cases.IMAGES}
-
-
-def flags(tokenizer, *more, state="--state-in-prompt"):
-    return [
-        *(f"--camera={theirs}={ours}" for theirs, ours in reversed(CAMERAS.items())),  # any order
-        f"--chunk-size={cases.HORIZON}",
-        f"--state-size={cases.STATES}",
-        f"--action-size={cases.ROBOT_ACTIONS}",
-        f"--max-token-len={cases.TEXT}",
-        f"--tokenizer={tokenizer}",
-        state,
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")

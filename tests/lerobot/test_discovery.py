@@ -105,3 +105,36 @@ def test_policy_class_and_processors_by_lerobots_naming_convention(tokenizer):
     config = small.ofp_config(tokenizer_name=str(tokenizer), tokenizer_max_length=32)
     preprocessor, postprocessor = make_pre_post_processors(config)
     assert (preprocessor.name, postprocessor.name) == ("policy_preprocessor", "policy_postprocessor")
+
+
+COMMANDS = """
+import sys
+from importlib.metadata import distribution, entry_points
+scripts = distribution("lerobot_policy_ofp").entry_points.select(group="console_scripts")
+for script in scripts:
+    sys.argv = [script.name, "--help"]
+    try:
+        code = script.load()()
+    except SystemExit as end:
+        code = end.code
+    print("ran", script.name, code or 0)
+for entry in entry_points(group="ofp_lerobot.environments"):
+    print("ran", entry.load().__name__, 0)
+from ofp_lerobot.recipes import recipes
+import ofp_lerobot
+print("recipes", len(recipes()), all("_recipes" in str(path) for path in recipes().values()))
+print("from", ofp_lerobot.__file__)
+"""
+
+
+def test_every_command_runs_from_the_wheel(installed):
+    command = [sys.executable, "-S", "-c", COMMANDS]
+    environment = {**os.environ, "PYTHONPATH": installed, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ran = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert {name for name, _ in ran} >= {"ofp-check", "ofp-compare", "ofp-convert", "ofp-export", "ofp-recipe"}
+    assert {name for name, _ in ran} >= {"ofp-serve", "ofp-async-server", "ofp-policy-server", "RoboTwinHarness"}
+    assert all(code == "0" for _, code in ran), ran
+    assert "recipes 7 True" in done.stdout
+    assert f"from {installed.split(os.pathsep)[0]}" in done.stdout

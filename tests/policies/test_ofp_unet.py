@@ -19,7 +19,6 @@ from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ofp_lerobot.policies.ofp_unet.network import SinusoidalEmbedding
 from ofp_lerobot.policies.training_state import FILENAME, load_training_state
 from tests import runs, small
-from tests.flow_map.test_selection import by_hand
 
 HORIZON, CAMERA = small.HORIZON, small.CAMERAS[0]
 SIZES = {"down_dims": (16, 32), "diffusion_step_embed_dim": 16, "spatial_softmax_num_keypoints": 4, "horizon": HORIZON}
@@ -54,7 +53,7 @@ def unet_flags(**changes):
         "type": "ofp_unet",
         "device": "cpu",
         "push_to_hub": "false",
-        "schedule_steps": 6,
+        "scheduler_decay_steps": 6,
         "n_action_steps": 4,
         "scheduler_warmup_steps": 1,
         **SIZES,
@@ -224,7 +223,9 @@ def test_of_several_samples_the_densest_is_the_answer(warm):
     alone = [policy.predict_action_chunk(observed, noise=each, prev_chunk_left_over=rest) for each in noise]
     policy.config.test_time_samples = k
     answer = policy.predict_action_chunk(observed, noise=noise.flatten(0, 1), prev_chunk_left_over=rest)
-    torch.testing.assert_close(answer, torch.from_numpy(by_hand(torch.stack(alone).numpy())), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        answer, torch.from_numpy(small.densest_by_hand(torch.stack(alone).numpy())), atol=1e-6, rtol=0
+    )
     assert policy.predict_action_chunk(observed).shape == answer.shape
     with pytest.raises(ValueError, match=r"noise must be \(10, 8, .*test_time_samples=5 for each of 2 observations"):
         policy.predict_action_chunk(observed, noise=noise[0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import ACTION
 
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
@@ -15,17 +15,12 @@ def pair():
     return ofp, small.stock_policy(ofp)
 
 
-def stock_inputs(stock, batch):
-    images, masks = stock._preprocess_images(batch)
-    return images, masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-
-
 def stock_velocity(stock, batch, x, t):
     """Velocity out of stock's training pass: it returns (v − u)², elementwise, so feed u = 0."""
     captured = {}
     hook = stock.model.action_out_proj.register_forward_hook(lambda _m, _i, out: captured.update(v=out))
     # x_t = t·noise + (1 − t)·actions with noise = actions = x is x.
-    stock.model.forward(*stock_inputs(stock, batch), x, x, t)
+    stock.model.forward(*small.stock_inputs(stock, batch), x, x, t)
     hook.remove()
     return captured["v"]
 
@@ -54,7 +49,7 @@ def test_ten_step_actions(pair, cameras):
     batch = small.batch(2, cameras=cameras, seed=3)
     noise = torch.randn(2, small.HORIZON, 8)
     with torch.no_grad():
-        theirs = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=10)
+        theirs = stock.model.sample_actions(*small.stock_inputs(stock, batch), noise=noise, num_steps=10)
     ours = ofp.predict_action_chunk(batch, noise=noise)
     torch.testing.assert_close(ours, theirs[..., : small.ACTIONS], atol=1e-5, rtol=1e-5)
 
@@ -121,7 +116,7 @@ def test_rotary_frequencies_are_those_the_checkpoint_was_trained_with(pair, tmp_
     assert torch.equal(again.model.expert.rotary_emb.inv_freq, ours.model.expert.rotary_emb.inv_freq)
     batch, noise = small.batch(2, seed=9), torch.randn(2, small.HORIZON, 8)
     with torch.no_grad():
-        expected = stock.model.sample_actions(*stock_inputs(stock, batch), noise=noise, num_steps=10)
+        expected = stock.model.sample_actions(*small.stock_inputs(stock, batch), noise=noise, num_steps=10)
     ours.config.num_inference_steps, ours.config.sampler = 10, "euler"
     difference = ours.predict_action_chunk(batch, noise=noise) - expected[..., : small.ACTIONS]
     assert difference.norm() / expected.norm() < 1e-2

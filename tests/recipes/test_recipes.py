@@ -1,7 +1,6 @@
 """Every recipe through LeRobot's own parser and validation, and tiny runs of them through its training script."""
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,12 +17,12 @@ from transformers.initialization import no_init_weights
 
 from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
 from ofp_lerobot.policies.ofp.network import OFPNetwork
+from ofp_lerobot.recipes import main, recipes
 from tests import runs, small
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(path.name for path in RECIPES.glob("*.yaml"))
 GENERIC = "one_step.yaml"
-OWN = ("--policy.pretrained_path=user/pi05", "--dataset.repo_id=user/data")
 
 
 @parser.wrap()
@@ -39,8 +38,22 @@ def parse(path, *flags):
         return lerobot_trains()
 
 
-def recipe(name, *flags):
-    return parse(RECIPES / name, *(OWN if name == GENERIC else ()), *flags)
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """The settings of what `ofp-convert from-pi05` writes."""
+    directory = tmp_path_factory.mktemp("start")
+    OFPConfig(device="cpu", push_to_hub=False, chunk_size=20, n_action_steps=10).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def recipe(start):
+    def parsed(name, *flags):
+        user = (f"--policy.path={start}", "--dataset.repo_id=user/data") if name == GENERIC else ()
+        with patch.dict(parser._config_path_args), patch.dict(parser._config_yaml_overrides):
+            return parse(RECIPES / name, *user, *flags)
+
+    return parsed
 
 
 def test_there_are_seven():
@@ -49,12 +62,12 @@ def test_there_are_seven():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trains_ofp_from_a_checkpoint(name):
+def test_trains_ofp_from_a_checkpoint(name, recipe, start):
     config = recipe(name)
     policy = config.policy
     assert isinstance(policy, OFPConfig) and config.trainable_config.type == "ofp"
-    assert str(policy.pretrained_path) == ("user/pi05" if name == GENERIC else "lerobot/pi05_base")
-    assert policy.schedule_steps == config.steps and config.steps % config.save_freq == 0
+    assert str(policy.pretrained_path) == (str(start) if name == GENERIC else "lerobot/pi05_base")
+    assert config.steps % config.save_freq == 0
     assert policy.dtype == "bfloat16" and policy.gradient_checkpointing
     assert policy.train_expert_only == (not name.endswith("full.yaml"))
     assert (config.peft is not None) == name.endswith("lora.yaml")
@@ -63,7 +76,7 @@ def test_trains_ofp_from_a_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_learning_rate_ends_with_the_run(name):
+def test_learning_rate_ends_with_the_run(name, recipe):
     config = recipe(name)
     assert config.optimizer.lr == config.scheduler.peak_lr == config.policy.optimizer_lr
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.optimizer.lr)
@@ -73,7 +86,7 @@ def test_learning_rate_ends_with_the_run(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("robotwin")])
-def test_robotwin(name):
+def test_robotwin(name, recipe):
     config = recipe(name)
     mean_std = recipe(
         name, '--policy.normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}'
@@ -86,7 +99,7 @@ def test_robotwin(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("libero")])
-def test_libero(name):
+def test_libero(name, recipe):
     config = recipe(name)
     assert config.dataset.repo_id == "lerobot/libero" and config.dataset.eval_split == 0.02
     assert (config.policy.chunk_size, config.policy.n_action_steps) == (50, 10)
@@ -98,7 +111,7 @@ def test_libero(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.endswith("lora.yaml")])
-def test_lora(name):
+def test_lora(name, recipe):
     config = recipe(name)
     assert config.peft.method_type == "LORA" and config.peft.r == config.peft.lora_alpha
     # Left to the policy, which also trains the target-time branch whole.
@@ -127,38 +140,32 @@ def test_path_instead_of_pretrained_path_drops_the_type(tmp_path):
         assert parse(path).policy.type == "pi05"
 
 
-def test_generic_recipe_needs_the_users_checkpoint_and_data(tmp_path, dataset):
-    with pytest.raises((SystemExit, ValueError, TypeError)):
-        parse(RECIPES / GENERIC, "--policy.pretrained_path=user/pi05")
-    assert str(recipe(GENERIC, "--policy.pretrained_path=x/y").policy.pretrained_path) == "x/y"
-    with pytest.raises(FileNotFoundError, match="YOUR_PI05"):
-        runs.lerobot_train(
-            f"--config_path={RECIPES / GENERIC}",
-            *runs.train_flags(dataset, tmp_path / "out"),
-            "--policy.device=cpu",
-        )
+def test_generic_recipe_needs_the_users_checkpoint_and_data(tmp_path, dataset, start):
+    with patch.dict(parser._config_path_args), patch.dict(parser._config_yaml_overrides):
+        with pytest.raises((SystemExit, ValueError, TypeError)):
+            parse(RECIPES / GENERIC, f"--policy.path={start}")
+        with pytest.raises((FileNotFoundError, ValueError, OSError), match="YOUR_START"):
+            runs.lerobot_train(
+                f"--config_path={RECIPES / GENERIC}",
+                *runs.train_flags(dataset, tmp_path / "out"),
+                "--policy.device=cpu",
+            )
 
 
-def test_flags_from_a_checkpoint_parse(tmp_path, capsys):
-    """The line of README that prints a π₀.₅'s own settings as flags for the generic recipe."""
-    settings = {
-        "type": "pi05",
-        "chunk_size": 20,
-        "n_action_steps": 10,
-        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-        "use_relative_actions": True,
-        "relative_exclude_joints": ["gripper"],
-        "image_resolution": [224, 224],
-    }
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    code = re.search(r"python -c '\n(.*?)' <your pi05>", (RECIPES / "README.md").read_text(), re.DOTALL)
-    with patch.object(sys, "argv", ["-c", str(tmp_path)]):
-        exec(code[1], {})
-    flags = [line.replace("'", "") for line in capsys.readouterr().out.splitlines()]
-    policy = recipe(GENERIC, *flags).policy
-    assert (policy.chunk_size, policy.n_action_steps, policy.use_relative_actions) == (20, 10, True)
-    assert policy.normalization_mapping["STATE"] is NormalizationMode.MEAN_STD
-    assert policy.relative_exclude_joints == ["gripper"] and tuple(policy.image_resolution) == (224, 224)
+def test_generic_recipe_keeps_the_checkpoints_settings(recipe):
+    policy = recipe(GENERIC).policy
+    assert (policy.chunk_size, policy.n_action_steps) == (20, 10)
+    assert policy.train_expert_only and policy.dtype == "bfloat16"
+
+
+def test_recipes_come_with_the_package(capsys):
+    assert sorted(f"{name}.yaml" for name in recipes()) == ALL
+    assert main(["one_step"]) == 0
+    assert Path(capsys.readouterr().out.strip()).read_text() == (RECIPES / GENERIC).read_text()
+    assert main(["libero_full", "--print"]) == 0
+    assert capsys.readouterr().out == (RECIPES / "libero_full.yaml").read_text()
+    assert main([]) == 0 and len(capsys.readouterr().out.splitlines()) == len(ALL)
+    assert main(["two_step"]) == 2 and "one_step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [GENERIC, "robotwin_full.yaml", "robotwin_lora.yaml", "libero_expert.yaml"])
@@ -171,20 +178,24 @@ def test_trains(name, dataset, tokenizer, tmp_path):
     for part in (base, *make_pre_post_processors(base.config, dataset_stats=stats)):
         part.save_pretrained(tmp_path / "base")
     content = yaml.safe_load((RECIPES / name).read_text())
-    own = content["policy"].keys() | {"schedule_steps"}
+    own = content["policy"].keys() | ({"type"} if name == GENERIC else set())
     tiny = [flag for flag in runs.policy_flags() if flag.split("=")[0].removeprefix("--policy.") not in own]
-    runs.lerobot_train(
-        f"--config_path={RECIPES / name}",
-        *runs.train_flags(dataset, tmp_path / "out", steps=2),
-        *tiny,
-        f"--policy.chunk_size={small.HORIZON}",
-        "--policy.n_action_steps=4",
-        f"--policy.pretrained_path={tmp_path / 'base'}",
-        "--dataset.eval_split=0.3",
-    )
+    with patch.dict(parser._config_path_args), patch.dict(parser._config_yaml_overrides):
+        runs.lerobot_train(
+            f"--config_path={RECIPES / name}",
+            *runs.train_flags(dataset, tmp_path / "out", steps=2),
+            *tiny,
+            f"--policy.chunk_size={small.HORIZON}",
+            "--policy.n_action_steps=4",
+            f"--policy.{'path' if name == GENERIC else 'pretrained_path'}={tmp_path / 'base'}",
+            "--dataset.eval_split=0.3",
+        )
+
     saved = runs.checkpoint(tmp_path / "out", 2)
     settings = json.loads((saved / "config.json").read_text())
-    assert settings["type"] == "ofp" and settings["schedule_steps"] == content["policy"]["schedule_steps"]
+    assert settings["type"] == "ofp" and settings["train_expert_only"] == content["policy"].get(
+        "train_expert_only", False
+    )
     assert (saved / "adapter_config.json").exists() == ("peft" in content)
     shutil.rmtree(tmp_path)
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness
 from robotwin_eval.adapters.install import install
+from robotwin_eval.lerobot_environment import LeRobotRoboTwinHarness
 from robotwin_eval.serve import PolicyServer
 from tests.stubs import loops, robotwin
 
@@ -234,7 +234,7 @@ def lerobots_checkout(tmp_path, monkeypatch):
 
 def test_the_comparison_on_lerobots_environment(lerobots_checkout, runner, observed, seen):
     """Not RoboTwin's protocol, but its names, colours and step limits."""
-    harness = LeRobotHarness("robotwin", {})
+    harness = LeRobotRoboTwinHarness("lerobot-robotwin", {})
     starts = []
     harness.find_starts("adjust_bottle", "", 3, 1000, starts.append)
     assert [start.seed for start in starts] == [1000, 1001, 1002]

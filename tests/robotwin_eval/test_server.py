@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.evaluation.closed_loop.jobs import PolicySpec
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.workers import HarnessSpec, Player
 from ofp_lerobot.inference.session import Runner
 from robotwin_eval import serve as serve_module

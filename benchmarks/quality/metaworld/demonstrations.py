@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from ofp_lerobot.evaluation.environments.metaworld import (
     ACTION_DIM,
+    IMAGE,
+    STATE,
     STATE_DIM,
     STEP_RATE,
     Simulator,
@@ -21,7 +23,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     expert,
 )
 
-ACTION, STATE, IMAGE = "action", "observation.state", "observation.image"
+ACTION = "action"
 RAW_DIM = 39
 CONDITIONS = ("clean", "noisy")
 # Two of each of LeRobot's four levels of difficulty, from easy to very hard.

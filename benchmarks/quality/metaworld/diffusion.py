@@ -1,14 +1,17 @@
 """LeRobot's own `diffusion` policy on the benchmark's data: what it trains on, and how it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
-from .demonstrations import ACTION, STATE, Array, View
-from .training import Training, fit, observed, seen_pictures, shared_settings, statistics
+from ofp_lerobot.inference.sampling import Sampling
+from ofp_lerobot.inference.session import Answer
+
+from .demonstrations import ACTION, IMAGE, STATE, Array, View
+from .training import Training, as_seen, fit, observed, seen_pictures, shared_settings, statistics
 
 NAME = "diffusion"
 SAMPLERS = ("ddim", "ddpm")
@@ -80,3 +83,50 @@ def use_sampler(policy: Any, name: str, steps: int) -> None:
     else:
         diffusion.noise_scheduler = DDPMScheduler.from_config(known, timestep_spacing="leading")
     diffusion.num_inference_steps = steps
+
+
+class Runner:
+    """A checkpoint of LeRobot's `diffusion` that answers as `ofp_lerobot.inference.session.Runner` does.
+
+    It has neither a warm start nor a choice among samples.
+    """
+
+    samples = 1
+
+    def __init__(self, checkpoint: Path) -> None:
+        from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+        from lerobot.policies.factory import make_pre_post_processors
+
+        self.policy = DiffusionPolicy.from_pretrained(checkpoint).eval()
+        self._prepare, self._finish = make_pre_post_processors(self.policy.config, pretrained_path=str(checkpoint))
+        self.horizon, self.chunk_size = self.policy.config.n_action_steps, self.policy.config.horizon
+        self.policy.config.n_action_steps = self.chunk_size  # so it answers whole chunks
+        self._steps = 1
+
+    def use(self, sampling: Sampling) -> None:
+        """Raises ValueError where more than sampler and steps is asked for."""
+        import torch
+
+        assert sampling.sampler is not None and sampling.steps is not None
+        if sampling != Sampling.plain(sampling.sampler, sampling.steps):
+            raise ValueError(f"diffusion has no warm start, choice or temperature here, got {sampling}")
+        use_sampler(self.policy, sampling.sampler, sampling.steps)
+        self._steps = sampling.steps
+        torch.manual_seed(0)  # DDPM draws more noise on the way than the caller can give it
+
+    def session(self, seed: int) -> Any:
+        """It keeps nothing between two chunks."""
+        return seed
+
+    def infer(
+        self, sessions: Sequence[Any], observations: Sequence[Mapping[str, Any]], noise: Any = None
+    ) -> list[Answer]:
+        """Chunks of actions; noise (n, 1, horizon, action) or (n, horizon, action)."""
+        import torch
+
+        seen = {key: torch.from_numpy(x) for key, x in observation(np.stack([o[STATE] for o in observations])).items()}
+        if IMAGE in observations[0]:
+            seen[IMAGE] = as_seen(np.stack([o[IMAGE] for o in observations]))
+        start = noise.reshape(-1, *noise.shape[-2:]).to(self.policy.config.device)
+        plans = self._finish(self.policy.predict_action_chunk(self._prepare(seen), noise=start)).numpy()
+        return [Answer(plan[: self.horizon], plan, self._steps, 0.0, 0.0) for plan in plans]

@@ -1,17 +1,20 @@
 """Milliseconds of a chunk for one observation, and of its action passes alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ofp_lerobot.evaluation.timing import milliseconds
+from ofp_lerobot.inference.sampling import Sampling
+
 from . import diffusion
 from .demonstrations import IMAGE
-from .evaluation import Actor, Sampling
+from .evaluation import Actor
 from .training import Training, as_seen
 
 PLAIN = "plain_euler"  # a sampler: Euler's steps of a flow policy that knows no target time
@@ -38,17 +41,18 @@ def measure_latency(
     import torch
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUnet1d, DiffusionPolicy
 
-    from ofp_lerobot.devices import synchronise
     from ofp_lerobot.flow_map.path import sample_chunk
     from ofp_lerobot.policies.ofp_unet.network import TIME_SCALE
 
     actor = Actor(directory)
-    policy, view = actor.policy, actor.view
+    served, view = actor.runner.served, actor.view
+    policy = served.policy
     device = torch.device(policy.config.device)
     raw = np.zeros((1, 39), dtype=np.float32)
     size = view.image_size
     image = np.zeros((1, size, size, 3), dtype=np.uint8) if size else None
-    batch = actor.prepare(raw, view.tasks[0], image)
+    blank = actor.see(raw[0], view.tasks[0], None if image is None else image[0])
+    batch = served.preprocess(actor.runner.batch([blank]))
     with torch.no_grad():
         prefix = policy.model.encode(*policy._prepare_observation(batch))
     peer = DiffusionPolicy(diffusion.policy_config(training, view, steps=1)).to(device).eval()
@@ -67,23 +71,20 @@ def measure_latency(
         if sampler in diffusion.SAMPLERS:
             chunk = partial(peer.predict_action_chunk, observed)
             return Way(steps, partial(diffusion.use_sampler, peer, sampler, steps), {"chunk": chunk})
-        use = partial(actor.use, sampling._replace(sampler="euler") if sampler == PLAIN else sampling)
+        use = partial(actor.use, replace(sampling, sampler="euler") if sampler == PLAIN else sampling)
         use()
-        noise = actor.noise([np.random.default_rng(0)])
+        noise = actor.noise([np.random.default_rng(0)]).flatten(0, 1).to(device)
         if sampler == PLAIN:
             return Way(steps, use, {"action_pass": partial(sample_chunk, flow, noise, steps=steps, sampler="euler")})
         chunk = partial(policy.predict_action_chunk, batch, noise=noise)
         passes = partial(sample_chunk, partial(policy.model, prefix), noise, steps=steps, sampler=sampler)
         return Way(steps, use, {"chunk": chunk, "action_pass": passes})
 
-    def milliseconds(act: Act) -> float:
-        begun = perf_counter()
-        with torch.no_grad():
-            act()
-        synchronise(device)
-        return 1e3 * (perf_counter() - begun)
+    @torch.no_grad()
+    def clock(act: Act) -> float:
+        return milliseconds(act, device)
 
-    return take_turns([way(sampling) for sampling in samplings], milliseconds, rounds, turn)
+    return take_turns([way(sampling) for sampling in samplings], clock, rounds, turn)
 
 
 def take_turns(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, made_by, seconds_taken, stage
+from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.objectives import OBJECTIVES, Settings
 
 from . import diffusion
 from . import evaluation as ev
 from . import report as reports
 from .demonstrations import CONDITIONS, SUBSET, Recording, record
-from .evaluation import Evaluation, Sampling
+from .evaluation import Evaluation
 from .latency import PLAIN, measure_latency
 from .training import Training, train
 
@@ -200,14 +201,16 @@ class Benchmark:
         with more samples. From ten on, where average velocities gain nothing, `euler`; with less noise only flow
         matching's.
         """
+        plain = Sampling.plain
         if objective == diffusion.NAME:
-            return [*(Sampling("ddim", steps) for steps in self.budget.steps), Sampling("ddpm", 100)]
+            return [*(plain("ddim", steps) for steps in self.budget.steps), plain("ddpm", 100)]
         own = "flow_map" if OBJECTIVES[objective].uses_target_time else "euler"
-        variants = [Sampling(own, 1, WARM_START), Sampling(own, 1, samples=SAMPLES)]
+        variants = [plain(own, 1, warm_start=WARM_START), plain(own, 1, samples=SAMPLES)]
         steps = self.budget.steps if objective != "drifting" else (1,)
-        plain = [Sampling(own if count < 10 else "euler", count) for count in steps]
-        cool = [each._replace(temperature=TEMPERATURE) for each in plain if each.steps < 10 or objective == BASE]
-        return [*plain, *variants, *cool] + [Sampling("euler", 10, WARM_START)] * (objective == BASE)
+        single = [plain(own if count < 10 else "euler", count) for count in steps]
+        few = [each for each in single if (each.steps or 0) < 10 or objective == BASE]
+        cool = [replace(each, temperature=TEMPERATURE) for each in few]
+        return [*single, *variants, *cool] + [plain("euler", 10, warm_start=WARM_START)] * (objective == BASE)
 
     def _evaluated(self) -> list[tuple[Run, str, Sampling]]:
         return [
@@ -220,8 +223,8 @@ class Benchmark:
         budget, trained = self.budget, self._trained(run)
         experts = self._experts(run.condition, task).directory / "chunks.npy"
         arguments = (trained, sampling, task, budget.recording, budget.evaluation, experts)
-        settings = [self._training(run).settings, sampling, task, budget.evaluation]
-        name = "_".join(map(str, sampling))
+        settings = [self._training(run).settings, reports.answering(sampling), task, budget.evaluation]
+        name = "_".join(map(str, reports.answering(sampling).values()))
         return Job(self.output / "evaluation" / f"{run.name}_{task}" / name, settings, ev.measure, arguments)
 
     def _timed(self) -> Run:
@@ -233,14 +236,16 @@ class Benchmark:
         """Of every way to answer; and of one evaluation against a hundred with more rounds, for `reports.speedups`."""
         budget, run = self.budget, self._timed()
         steps = sorted({*LATENCY_STEPS, *budget.steps})
-        every = [Sampling(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
-        every += [Sampling(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
+        plain = Sampling.plain
+        every = [plain(sampler, count) for sampler in ("flow_map", "euler") for count in steps]
+        every += [plain(sampler, 1, samples=SAMPLES) for sampler in ("flow_map", "euler")]
         every += self.samplings(diffusion.NAME)
-        extremes = [Sampling("flow_map", 1), *(Sampling(name, 100) for name in (PLAIN, "euler", "ddpm"))]
+        extremes = [plain("flow_map", 1), *(plain(name, 100) for name in (PLAIN, "euler", "ddpm"))]
 
         def job(name: str, samplings: list[Sampling], rounds: int) -> Job:
             arguments = (self._trained(run), samplings, budget.training, rounds, TURN)
-            settings = [self._training(run).settings, samplings, rounds, TURN]
+            ways = [reports.answering(sampling) for sampling in samplings]
+            settings = [self._training(run).settings, ways, rounds, TURN]
             return Job(self.output / name, settings, measure_latency, arguments)
 
         return {"latency": job("latency", every, LATENCY_ROUNDS), "speedup": job("speedup", extremes, SPEEDUP_ROUNDS)}
@@ -252,10 +257,11 @@ class Benchmark:
         budget, results = self.budget, []
         for run, task, sampling in self._evaluated():
             found = result(self._evaluation(run, task, sampling))
-            results.append({**run._asdict(), "task": task, **sampling._asdict(), **found})
+            results.append({**run._asdict(), "task": task, **reports.answering(sampling), **found})
         latency = {
             name: [
-                {**sampling._asdict(), **found} for sampling, found in zip(job.arguments[1], result(job), strict=True)
+                {**reports.answering(sampling), **found}
+                for sampling, found in zip(job.arguments[1], result(job), strict=True)
             ]
             for name, job in self._latencies().items()
         }

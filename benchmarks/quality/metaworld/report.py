@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ofp_lerobot.evaluation.statistics import wilson_interval
+from ofp_lerobot.evaluation.statistics import bootstrap_interval, wilson_interval
+from ofp_lerobot.evaluation.tables import markdown_table
+from ofp_lerobot.inference.sampling import Sampling
 
 from . import diffusion
 
@@ -20,6 +22,11 @@ WAYS: dict[str, Callable[[Row], bool]] = {
     ", densest of several": lambda row: row["samples"] > 1,
     ", less noise": lambda row: row["temperature"] < 1,
 }
+
+
+def answering(sampling: Sampling) -> Row:
+    """A row's keys for how it was answered."""
+    return {key: getattr(sampling, key) for key in ("sampler", "steps", "warm_start", "samples", "temperature")}
 
 
 def rows_of(results: Sequence[Row]) -> list[Row]:
@@ -105,7 +112,7 @@ def table(rows: Sequence[Row]) -> str:
         "spread",
         "jump",
     )
-    lines = [names, ("---",) * len(names)]
+    lines = []
     for row in rows:
         low, high = row["ci95"]
         seeds = "–" if row["seed_spread"] is None else f"{row['seed_spread']:.3f}"
@@ -125,7 +132,7 @@ def table(rows: Sequence[Row]) -> str:
                 "–" if row["jump"] is None else f"{row['jump']:.3f}",
             )
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(markdown_table(names, lines))
 
 
 def differences(rows: Sequence[Row]) -> list[Row]:
@@ -203,10 +210,9 @@ def speedups(timed: Sequence[Row], resamples: int = 10_000) -> list[Row]:
         if row is one or not row[f"{part}_rounds"]:
             continue
         ratios = np.divide(row[f"{part}_rounds"], one[f"{part}_rounds"])
-        drawn = np.random.default_rng(0).choice(ratios, size=(resamples, len(ratios)))
-        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+        low, high = bootstrap_interval(lambda drawn: np.median(drawn, axis=1), ratios, resamples=resamples)
         known = {"sampler": row["sampler"], "steps": row["steps"], "part": part}
-        found.append({**known, "value": float(np.median(ratios)), "low": float(low), "high": float(high)})
+        found.append({**known, "value": float(np.median(ratios)), "low": low, "high": high})
     return found
 
 

@@ -1,6 +1,7 @@
-"""A LeRobot checkpoint in, for every command that acts with one: source, settings, adapter, teacher, processors."""
+"""A LeRobot checkpoint in, for every command that reads one: source, settings, weights, teacher, processors."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from httpx import HTTPError  # of the Hub's client
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.processor.pipeline import ProcessorMigrationError
 from lerobot.utils.constants import (
@@ -22,6 +26,7 @@ from lerobot.utils.constants import (
 )
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors import SafetensorError
+from transformers.initialization import no_init_weights
 
 from ..compat import check_readable_processors, saved_elsewhere
 from ..errors import UserError
@@ -30,9 +35,13 @@ from ..policies.ofp import weights
 from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
 from ..policies.ofp.processor_ofp import NEEDED_STATISTICS as STATISTICS
+from ..policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
+from ..policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ..policies.training_state import load_training_state, state_path
 
 logger = logging.getLogger(__name__)
+
+TYPES: dict[str, type[PreTrainedConfig]] = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig, "pi05": PI05Config}
 
 
 def resolve_source(name: str) -> str | Path:
@@ -59,10 +68,19 @@ def resolve_source(name: str) -> str | Path:
     return path
 
 
-def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
-    """The checkpoint's configuration as `ofp`'s, and its type.
+def load_config(
+    source: str | Path, *, device: str, types: Sequence[str] = tuple(TYPES), as_ofp: bool = False, **changes: Any
+) -> tuple[PreTrainedConfig, str]:
+    """The checkpoint's configuration to act with, and its type.
 
-    A `pi05` checkpoint keeps its sizes and normalisation; what `ofp` does not know of it does not concern inference.
+    Args:
+        types: those that are understood.
+        as_ofp: a `pi05` checkpoint's comes as `ofp`'s. It keeps sizes and normalisation; what `ofp` does not know of
+            it does not concern inference.
+        changes: fields to set; None leaves a field as it is.
+
+    Raises:
+        UserError: where there is no such checkpoint, its type is another, or a field is unknown to it or out of range.
     """
     register_third_party_plugins()
     try:
@@ -71,20 +89,59 @@ def load_config(source: str | Path, device: str) -> tuple[OFPConfig, str]:
     except (FileNotFoundError, ValueError, HTTPError) as error:
         raise UserError(error) from error
     kind = raw.pop("type", None)
-    if kind not in ("ofp", "pi05"):
-        found = f"a checkpoint of type {kind!r}" if kind else f"no LeRobot checkpoint (it has no type in {CONFIG_NAME})"
-        raise UserError(f"{source} is {found}: only `ofp` and `pi05` policies are understood")
-    if kind == "pi05":
+    known = _listed([f"`{name}`" for name in types])
+    if kind is None:
+        raise UserError(f"{source} is no LeRobot checkpoint (it has no type in {CONFIG_NAME}), {known} are understood")
+    if kind not in types:
+        raise UserError(f"{source} is a {kind!r} checkpoint: policies of type {kind!r} are not understood, {known} are")
+    config_class = TYPES[kind]
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if unknown := sorted(changes.keys() - config_class.__dataclass_fields__.keys()):
+        raise UserError(f"{', '.join(unknown)}: the {kind!r} checkpoint {source} has no such setting")
+    if kind == "pi05" and as_ofp:
+        config_class = OFPConfig
         weights.warn_of_unknown(OFPConfig, raw, source)
         raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
         raw["tokenizer_max_length"] = None  # the checkpoint's processors know it
-    raw |= {"device": device, "compile_model": False, "pretrained_path": None, "rtc_config": None}
+    # Real-time chunking has its own callers; here a chunk is answered whole.
+    settings = {"pretrained_path": None, "rtc_config": None, "device": device, **changes}
+    raw |= {name: value for name, value in settings.items() if name in config_class.__dataclass_fields__}
     try:
-        return draccus.decode(OFPConfig, raw), kind
-    except (ParsingError, ValueError) as error:
-        raise UserError(
-            f"the configuration of {source} cannot be read{saved_elsewhere(raw)}: {error.__cause__ or error}"
-        ) from error
+        return draccus.decode(config_class, raw), kind
+    except (ParsingError, ValueError) as error:  # caused by the configuration's own ValueError, where it is one
+        told = saved_elsewhere(raw)
+        raise UserError(f"the configuration of {source} cannot be used{told}: {error.__cause__ or error}") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def read_policy(source: str | Path, config: PreTrainedConfig) -> PreTrainedPolicy:
+    """The policy with this configuration and the checkpoint's weights, strict whatever the type; an adapter merged in
+    by PEFT. Raises ValueError, OSError or UserError where the weights are not exactly those of the configuration."""
+    if isinstance(config, OFPConfig):
+        return load_adapter(source, config) if config.use_peft else OFPPolicy.from_pretrained(source, config=config)
+    if config.use_peft:
+        raise UserError(f"{source} is a LoRA adapter of a {config.type!r} policy: merge it into its base to serve it")
+    if isinstance(config, OFPUnetConfig):
+        return _load_unet(source, config)
+    return _load_pi05(source, config)
+
+
+def _load_unet(source: str | Path, config: OFPUnetConfig) -> OFPUnetPolicy:
+    try:
+        return OFPUnetPolicy.from_pretrained(source, config=config)
+    except (RuntimeError, SafetensorError) as error:  # PyTorch's, of names and shapes
+        raise ValueError(f"the weights of {source} do not fit this policy: {error}") from error
+
+
+def _load_pi05(source: str | Path, config: PreTrainedConfig) -> PI05Policy:
+    """LeRobot's own code with our strict loading: its `from_pretrained` goes on with random weights on an error."""
+    with no_init_weights():
+        policy = PI05Policy(config)
+    weights.load_weights(policy, weights.load_state_dict(source), source, new=False)
+    return policy
 
 
 def load_adapter(source: str | Path, config: OFPConfig) -> OFPPolicy:
@@ -104,7 +161,7 @@ def load_peft(source: str | Path, config: OFPConfig) -> Any:
 
 
 @torch.no_grad()
-def use_teacher(policy: OFPPolicy, source: str | Path) -> None:
+def use_teacher(policy: Any, source: str | Path) -> None:
     """Replaces the action expert's weights by their moving average, which training keeps beside the checkpoint."""
     path = state_path(Path(source))
     if path is None or not path.is_file():

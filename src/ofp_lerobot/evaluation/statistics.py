@@ -1,11 +1,12 @@
 """Success rates, their intervals, and what paired episodes can tell apart. Exact wherever that is affordable."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, norm
 
@@ -21,6 +22,28 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
     """Wilson's score interval of a success rate (Wilson 1927), without continuity correction."""
     interval = binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
     return Interval(float(interval.low), float(interval.high))
+
+
+def bootstrap_interval(
+    statistic: Callable[..., NDArray[np.floating]],
+    *samples: NDArray[np.floating],
+    resamples: int,
+    seed: int = 0,
+) -> Interval:
+    """95 % interval of a statistic of paired samples, by percentiles.
+
+    `scipy.stats.bootstrap(paired=True)` draws other resamples, so with it published intervals would change in their
+    last digits.
+
+    Args:
+        statistic: of samples (resamples, n) each, over their last axis: (resamples,).
+        samples: (n,) each; element i of one belongs to element i of the others.
+    """
+    n = len(samples[0])
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    found = statistic(*(sample[drawn] for sample in samples))
+    low, high = np.quantile(found, (0.025, 0.975))
+    return Interval(float(low), float(high))
 
 
 class Pairs(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_STATE
 from torch import Tensor
 
 TASK = "task"  # LeRobot's key of the instruction
@@ -17,10 +17,11 @@ class ObservationError(ValueError):
 
 
 class Sample(NamedTuple):
-    """images: feature name -> (h, w, 3) or (3, h, w) uint8 as it came, RGB; state (s,) float32; the instruction."""
+    """images: feature name -> (h, w, 3) or (3, h, w) uint8 as it came, RGB; states: name -> (s,) float32; the
+    instruction, empty for policies that read none."""
 
     images: dict[str, Tensor]
-    state: Tensor
+    states: dict[str, Tensor]
     task: str
 
     @property
@@ -30,38 +31,43 @@ class Sample(NamedTuple):
 
 
 class ObservationReader:
-    """Knows which cameras and how many state values a policy was trained with."""
+    """Knows which cameras and states a policy was trained with, and whether it reads an instruction."""
 
     def __init__(self, config: PreTrainedConfig, absent: Collection[str] = ()) -> None:
         """absent: cameras of the policy that a robot has not, which π₀.₅ masks out."""
-        assert config.robot_state_feature is not None  # π₀.₅'s validate_features adds it where it is missing
         # Empty cameras are π₀.₅'s own placeholders of that kind.
         self.cameras = tuple(key for key in config.image_features if "empty_camera" not in key and key not in absent)
         self._shapes = {key: tuple(config.image_features[key].shape) for key in self.cameras}
-        self.state_size = int(config.robot_state_feature.shape[0])
+        features = {OBS_STATE: config.robot_state_feature, OBS_ENV_STATE: config.env_state_feature}
+        self.states = {key: int(feature.shape[0]) for key, feature in features.items() if feature is not None}
+        self.state_size = self.states.get(OBS_STATE, 0)
+        self._needs_task = hasattr(config, "tokenizer_max_length")
 
     def read(self, observation: Mapping[str, Any]) -> Sample:
         """`observation`: LeRobot's names.
 
         `observation.images.*` uint8 (h, w, 3) or (3, h, w) in RGB order, one for each camera of the policy;
-        `observation.state` (s,) floats; `task` the instruction. Raises ObservationError for anything else.
+        `observation.state` (s,) floats; `task` the instruction, which a policy without language can do without. A
+        policy of the simulator's state has `observation.environment_state` too, and one without cameras ignores images.
+        Raises ObservationError for anything else.
         """
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a mapping of names to values, got {type(observation).__name__}")
-        expected = {*self.cameras, OBS_STATE, TASK}
-        missing = sorted(expected - observation.keys())
-        unknown = sorted(str(key) for key in observation.keys() - expected)
+        expected = {*self.cameras, *self.states, TASK}
+        missing = sorted(expected - observation.keys() - (set() if self._needs_task else {TASK}))
+        ignored = {key for key in observation if not self.cameras and str(key).startswith(OBS_IMAGE)}
+        unknown = sorted(str(key) for key in observation.keys() - expected - ignored)
         if missing or unknown:
             told = [f"{', '.join(missing)} missing"] if missing else []
             told += [f"{', '.join(unknown)} unknown to this policy"] if unknown else []
             raise ObservationError(
                 f"observation: {' and '.join(told)}; its cameras are {', '.join(self.cameras)}, its other keys "
-                f"{OBS_STATE} and {TASK}"
+                f"{' and '.join([*self.states, TASK])}"
             )
         return Sample(
             images={key: _image(key, observation[key]) for key in self.cameras},
-            state=self._state(observation[OBS_STATE]),
-            task=_task(observation[TASK]),
+            states={key: _state(key, size, observation[key]) for key, size in self.states.items()},
+            task=_task(observation[TASK]) if self._needs_task else "",
         )
 
     def blank(self, resolution: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -71,24 +77,9 @@ class ObservationReader:
                 key: np.zeros(shape if resolution is None else (3, *resolution), np.uint8)
                 for key, shape in self._shapes.items()
             },
-            OBS_STATE: np.zeros(self.state_size, np.float32),
+            **{key: np.zeros(size, np.float32) for key, size in self.states.items()},
             TASK: "warm up",
         }
-
-    def _state(self, value: Any) -> Tensor:
-        state = np.asarray(value)
-        if state.dtype.kind != "f":
-            raise ObservationError(f"{OBS_STATE} must be floats, got {state.dtype}")
-        if state.shape != (self.state_size,):
-            raise ObservationError(
-                f"{OBS_STATE} must have {self.state_size} values, shape ({self.state_size},), got {state.shape}"
-            )
-        with np.errstate(over="ignore"):
-            state = state.astype(np.float32)
-        if not np.isfinite(state).all():
-            bad = np.flatnonzero(~np.isfinite(state)).tolist()
-            raise ObservationError(f"{OBS_STATE} has NaN or infinite values at {bad}")
-        return torch.from_numpy(state)
 
 
 def _image(key: str, value: Any) -> Tensor:
@@ -105,6 +96,20 @@ def _image(key: str, value: Any) -> Tensor:
     return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
 
+def _state(key: str, size: int, value: Any) -> Tensor:
+    state = np.asarray(value)
+    if state.dtype.kind != "f":
+        raise ObservationError(f"{key} must be floats, got {state.dtype}")
+    if state.shape != (size,):
+        raise ObservationError(f"{key} must have {size} values, shape ({size},), got {state.shape}")
+    with np.errstate(over="ignore"):
+        state = state.astype(np.float32)
+    if not np.isfinite(state).all():
+        bad = np.flatnonzero(~np.isfinite(state)).tolist()
+        raise ObservationError(f"{key} has NaN or infinite values at {bad}")
+    return torch.from_numpy(state)
+
+
 def _task(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ObservationError(f"{TASK} must be the instruction, a string that is not empty, got {value!r}"[:200])
@@ -115,7 +120,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     """A batch for `ServedPolicy.preprocess`, of samples whose `shapes` agree."""
     return {
         **{key: _stack([sample.images[key] for sample in samples]) for key in samples[0].images},
-        OBS_STATE: torch.stack([sample.state for sample in samples]),
+        **{key: torch.stack([sample.states[key] for sample in samples]) for key in samples[0].states},
         TASK: [sample.task for sample in samples],
     }
 

@@ -1,15 +1,10 @@
-"""The policies that can be served, and all that differs between them: our `ofp` and LeRobot's own `pi05`."""
+"""A policy ready to act: its weights, the processors saved with it, and how it answers."""
 
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import draccus
-from draccus.utils import ParsingError
 from httpx import HTTPError  # of the Hub's client
-from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
-from lerobot.policies.pi05.modeling_pi05 import PI05Policy
+from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
@@ -23,22 +18,23 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
-from ..checkpoints.reader import load_adapter, load_processors, resolve_source, statistics_problems
+from ..checkpoints.reader import (
+    load_config,
+    load_processors,
+    read_policy,
+    resolve_source,
+    use_teacher,
+)
 from ..devices import resolve_device
 from ..errors import UserError
-from ..policies.ofp import weights
-from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
 from ..policies.ofp.processor_steps import PromptWithoutStateStep
 from ..policies.ofp.prompt import require_whole
 from ..policies.ofp.text import TextExtentProcessorStep
 from .observations import TASK, ObservationError
+from .sampling import Sampling
 
-logger = logging.getLogger(__name__)
-
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {"ofp": OFPConfig, "pi05": PI05Config}
 _TOUCH_NO_IMAGE = (
     AddBatchDimensionProcessorStep,
     RelativeActionsProcessorStep,
@@ -53,37 +49,25 @@ class ServedPolicy(NamedTuple):
     """A policy and the processors saved with it. Their state makes them good for one call at a time."""
 
     source: str
-    policy: OFPPolicy | PI05Policy
+    policy: Any  # FlowMapPolicy | PI05Policy
     preprocessor: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
     postprocessor: PolicyProcessorPipeline[Tensor, Tensor]
+    kind: str = ""  # the checkpoint's type
 
     @property
-    def config(self) -> OFPConfig | PI05Config:
+    def config(self) -> Any:
         return self.policy.config
 
     @property
-    def warm_start(self) -> float:
-        """Share of the last chunk's rest in the start of the next one; stock π₀.₅ starts from noise."""
-        return self.config.warm_start if isinstance(self.config, OFPConfig) else 0.0
+    def sampling(self) -> Sampling:
+        """How it answers, nothing left open."""
+        return Sampling.of(self.config)
 
     @property
-    def sampler(self) -> str:
-        return self.config.sampler if isinstance(self.config, OFPConfig) else "euler"
-
-    @property
-    def test_time_samples(self) -> int:
-        """Samples of which one is the answer."""
-        return self.config.test_time_samples if isinstance(self.config, OFPConfig) else 1
-
-    @property
-    def noise_temperature(self) -> float:
-        """Factor of the noise that chunks start from."""
-        return self.config.noise_temperature if isinstance(self.config, OFPConfig) else 1.0
-
-    @property
-    def inference_engine(self) -> bool:
-        """Whether chunks go through our fast path."""
-        return isinstance(self.config, OFPConfig) and self.config.uses_engine
+    def rename_map(self) -> dict[str, str]:
+        """Names in a dataset -> names in the policy, as its preprocessor has them."""
+        maps = [getattr(step, "rename_map", {}) for step in self.preprocessor.steps]
+        return next((names for names in maps if names), {})
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names.
@@ -136,49 +120,34 @@ def _as_lerobot(image: Tensor) -> Tensor:
     return channels_first.contiguous().float() / 255
 
 
-def load_policy(checkpoint: str | Path, *, device: str | None = None, **changes: Any) -> ServedPolicy:
-    """A LeRobot checkpoint of type `ofp` or `pi05`, from a directory or the Hub; strict, whatever the type.
+def load_policy(
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    teacher: bool = False,
+    as_ofp: bool = False,
+    rename_map: dict[str, str] | None = {},  # noqa: B006
+    **changes: Any,
+) -> ServedPolicy:
+    """A LeRobot checkpoint of type `ofp`, `ofp_unet` or `pi05`, from a directory or the Hub; strict, whatever the type.
 
-    device: the best there is by default. changes: fields of its configuration, for example num_inference_steps or
-    sampler; None leaves a field as it is.
-    Raises UserError where it cannot be loaded, or a field is unknown to it or out of range.
+    Args:
+        device: the best there is by default.
+        teacher: with the moving average of the weights that training keeps beside the checkpoint.
+        as_ofp: a `pi05` checkpoint answers by our code, with all samplers.
+        rename_map: of observations, LeRobot's; by default they come in the policy's names. None is the checkpoint's.
+        changes: fields of its configuration, for example num_inference_steps or sampler; None leaves a field as it is.
+
+    Raises:
+        UserError: where it cannot be loaded, or a field is unknown to it or out of range.
     """
     source = resolve_source(str(checkpoint))
+    config, kind = load_config(source, device=resolve_device(device), as_ofp=as_ofp, **changes)
+    processors = load_processors(source, config, rename_map)
     try:
-        raw = weights.read_config(source)
-        config = _config(raw, {"device": resolve_device(device), **changes}, source)
-        processors = load_processors(source, config, rename_map={})  # observations come in the policy's names
-        policy = _load_ofp(source, config) if isinstance(config, OFPConfig) else _load_pi05(source, config)
+        policy = read_policy(source, config)
     except (ValueError, OSError, HTTPError) as error:
         raise UserError(error) from error
-    for problem in statistics_problems(processors[0], config):
-        logger.warning("the statistics of %s hardly fit its training data: %s", source, problem.text)
-    return ServedPolicy(str(checkpoint), policy.eval(), *processors)
-
-
-def _config(raw: dict[str, Any], changes: dict[str, Any], source: str | Path) -> PreTrainedConfig:
-    kind = _CONFIGS[raw["type"]]
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if unknown := sorted(changes.keys() - kind.__dataclass_fields__.keys()):
-        raise UserError(f"{', '.join(unknown)}: the {raw['type']!r} checkpoint {source} has no such setting")
-    # Real-time chunking has its own callers; here a chunk is answered whole.
-    settings = {**raw, "pretrained_path": None, "rtc_config": None, **changes}
-    settings.pop("type")
-    try:
-        return draccus.decode(kind, settings)
-    except ParsingError as error:  # caused by the configuration's own ValueError, where it is one
-        raise UserError(f"the configuration of {source} cannot be used: {error.__cause__ or error}") from error
-
-
-def _load_ofp(source: str | Path, config: OFPConfig) -> OFPPolicy:
-    return load_adapter(source, config) if config.use_peft else OFPPolicy.from_pretrained(source, config=config)
-
-
-def _load_pi05(source: str | Path, config: PreTrainedConfig) -> PI05Policy:
-    """LeRobot's own code with our strict loading: its `from_pretrained` goes on with random weights on an error."""
-    if config.use_peft:
-        raise UserError(f"{source} is a LoRA adapter of a 'pi05' policy: merge it into its base to serve it")
-    with no_init_weights():
-        policy = PI05Policy(config)
-    weights.load_weights(policy, weights.load_state_dict(source), source, new=False)
-    return policy
+    if teacher:
+        use_teacher(policy, source)
+    return ServedPolicy(str(checkpoint), policy.eval(), *processors, kind)

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ..compat import dtype_name
+from ..checkpoints.reader import statistics_problems
+from ..compat import precision
 from ..devices import synchronise
 from ..errors import UserError
 from ..flow_map.randomness import folded_generator
 from .observations import ObservationError, ObservationReader, Sample, collate
 from .policies import ServedPolicy, load_policy
+from .sampling import Sampling
 from .states import StateCheck
 
 logger = logging.getLogger(__name__)
@@ -73,12 +75,13 @@ class Runner:
         self.horizon = config.n_action_steps if execution_horizon is None else execution_horizon
         if not 1 <= self.horizon <= config.chunk_size:
             raise UserError(f"the execution horizon must be 1 to chunk_size ({config.chunk_size}), got {self.horizon}")
-        if served.warm_start and not self.keeps_plans:
+        if self.sampling.warm_start and not self.keeps_plans:
             logger.warning(
                 "warm_start=%s has no effect: all %d actions of a chunk are executed, set a shorter execution horizon",
-                served.warm_start,
+                self.sampling.warm_start,
                 self.horizon,
             )
+        self._relative = bool(getattr(config, "use_relative_actions", False))
         self._reader = ObservationReader(config, absent_cameras)
         self._states = StateCheck(served.preprocessor, config)
         self._device = torch.device(str(config.device))
@@ -94,7 +97,10 @@ class Runner:
         **settings: Any,
     ) -> Self:
         """From a checkpoint, a directory or of the Hub; settings as `load_policy`'s."""
-        return cls(load_policy(checkpoint, **settings), execution_horizon, absent_cameras)
+        served = load_policy(checkpoint, **settings)
+        for problem in statistics_problems(served.preprocessor, served.config):
+            logger.warning("the statistics of %s hardly fit its training data: %s", served.source, problem.text)
+        return cls(served, execution_horizon, absent_cameras)
 
     def session(self, seed: int | None = None, number: int = 0) -> Session:
         """A new run. Its noise is a function of (seed, number), where a seed is given."""
@@ -102,9 +108,23 @@ class Runner:
         return Session(self, folded_generator("cpu", seed, number))
 
     @property
+    def sampling(self) -> Sampling:
+        """How chunks are answered, nothing left open."""
+        return self.served.sampling
+
+    @property
     def keeps_plans(self) -> bool:
         """Whether a session's next chunk depends on its last one: then resets matter."""
-        return self.served.warm_start > 0 and self.horizon < self.served.config.chunk_size
+        return bool(self.sampling.warm_start) and self.horizon < self.served.config.chunk_size
+
+    @property
+    def samples(self) -> int:
+        """Chunks drawn for an answer."""
+        return self.sampling.samples or 1
+
+    @property
+    def chunk_size(self) -> int:
+        return int(self.served.config.chunk_size)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -130,13 +150,8 @@ class Runner:
             "action_size": self.action_size,
             "chunk_size": config.chunk_size,
             "execution_horizon": self.horizon,
-            "num_inference_steps": config.num_inference_steps,
-            "sampler": self.served.sampler,
-            "inference_engine": self.served.inference_engine,
-            "warm_start": self.served.warm_start,
-            "test_time_samples": self.served.test_time_samples,
-            "noise_temperature": self.served.noise_temperature,
-            "dtype": dtype_name(config.dtype),
+            **self.sampling.settings,
+            "dtype": precision(config),
             "device": str(config.device),
             "versions": {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")},
         }
@@ -144,10 +159,11 @@ class Runner:
     def warm_up(self) -> None:
         """First calls allocate, compile and record; these are not a robot's.
 
-        Images of the training data's size, and of the network's, to which openpi's clients resize theirs; each with
-        and without a rest to start from.
+        Images of the training data's size, and of the network's if it has one, to which openpi's clients resize theirs;
+        each with and without a rest to start from.
         """
-        for resolution in (None, tuple(self.served.config.image_resolution)):
+        network = getattr(self.served.config, "image_resolution", None)
+        for resolution in (None, tuple(network)) if network else (None,):
             session = self.session(seed=0)
             session._begun = True  # nothing to learn from a blank state
             for _ in range(2):
@@ -189,6 +205,10 @@ class Runner:
         plans = [found[i][0].numpy() for i in range(len(sessions))]
         return [Answer(plan[: self.horizon], plan, steps, 1e3 * latency, 1e3 * network) for plan in plans]
 
+    def batch(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What `ServedPolicy.preprocess` takes, of observations with images of one size."""
+        return collate(self._read(observations))
+
     def _read(self, observations: Sequence[Mapping[str, Any]]) -> list[Sample]:
         samples = []
         for i, observation in enumerate(observations):
@@ -200,13 +220,14 @@ class Runner:
 
     def _look_at_first_states(self, sessions: Sequence[Session], samples: Sequence[Sample]) -> None:
         for session, sample in zip(sessions, samples, strict=True):
-            if not session._begun and (complaint := self._states.complaint(sample.state.numpy())):
+            state = sample.states.get(OBS_STATE)
+            if not session._begun and state is not None and (complaint := self._states.complaint(state.numpy())):
                 logger.warning("%s", complaint)
             session._begun = True
 
     def _shaped(self, noise: Tensor, n: int) -> Tensor:
         """(n, test_time_samples, chunk_size, max_action_dim)"""
-        config, k = self.served.config, self.served.test_time_samples
+        config, k = self.served.config, self.samples
         if k == 1 and noise.dim() == 3:
             noise = noise[:, None]
         shape = (n, k, config.chunk_size, config.max_action_dim)
@@ -216,7 +237,7 @@ class Runner:
 
     def _noise(self, session: Session) -> Tensor:
         config = self.served.config
-        shape = (self.served.test_time_samples, config.chunk_size, config.max_action_dim)
+        shape = (self.samples, config.chunk_size, config.max_action_dim)
         return torch.randn(shape, generator=session._generator)
 
     def _run(
@@ -225,7 +246,7 @@ class Runner:
         """Of each sample the chunk (chunk_size, a) and what to keep of the rest; seconds in the policy."""
         batch = collate(samples)
         rest = torch.stack(rests) if rests else None
-        relative = self.served.config.use_relative_actions
+        relative = self._relative
         if relative and rest is not None:
             batch[ACTION] = rest
         batch = self.served.preprocess(batch)
@@ -249,4 +270,4 @@ class Runner:
         """
         if not self.keeps_plans:
             return [None] * len(chunk)
-        return list((actions if self.served.config.use_relative_actions else chunk)[:, self.horizon :])
+        return list((actions if self._relative else chunk)[:, self.horizon :])

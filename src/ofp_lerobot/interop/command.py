@@ -10,10 +10,12 @@ from types import FrameType
 from ..errors import UserError
 
 _CONVERT = """\
-Carries π₀.₅ checkpoints between openpi's PyTorch layout and LeRobot. What cannot be carried over exactly is refused."""
+Makes the `ofp` checkpoint that training a π₀.₅ to one step starts from, and carries π₀.₅ checkpoints between openpi's
+PyTorch layout and LeRobot. What cannot be carried over exactly is refused."""
 
 _CONVERT_EXAMPLES = """\
 examples:
+  ofp-convert from-pi05 user/my_pi05 --output outputs/start
   ofp-convert from-openpi checkpoints/pi05_libero/run/30000 --output pi05_libero --chunk-size 10 --action-size 7 \\
     --state-size 8 --no-state-in-prompt --camera base_0_rgb=image --camera left_wrist_0_rgb=image2
   ofp-convert to-openpi outputs/train/run/checkpoints/last/pretrained_model --asset-id my_robot --output openpi_run"""
@@ -21,6 +23,10 @@ examples:
 _FROM = """\
 An openpi checkpoint directory (model.safetensors, assets/<asset id>/norm_stats.json) becomes a LeRobot one. Options
 hold what only openpi's train config knows."""
+
+_START = """\
+A `pi05` checkpoint, local or from the Hub, becomes an `ofp` one that is the same policy until it is trained: weights,
+settings, processors and tokenizer. `lerobot-train --policy.path=<output>` takes from it whatever it is not told."""
 
 _EXPORT = """\
 Folds one, two or four steps of an `ofp` checkpoint into a plain π₀.₅ checkpoint that any engine runs with that many
@@ -35,7 +41,7 @@ examples:
 def convert(argv: Sequence[str] | None = None) -> int:
     """`ofp-convert`. Returns 0, or 2 after one message on stderr where it cannot be done."""
     args = parse_convert(argv)
-    run = _from_openpi if args.command == "from-openpi" else _to_openpi
+    run = {"from-pi05": _from_pi05, "from-openpi": _from_openpi, "to-openpi": _to_openpi}[args.command]
     return _run("ofp-convert", lambda: print("\n".join(run(args))))
 
 
@@ -64,6 +70,7 @@ def _exit(number: int, _: FrameType | None) -> None:
 def parse_convert(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser("ofp-convert", _CONVERT, _CONVERT_EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("from-pi05", help="LeRobot's π₀.₅ -> where `ofp` starts", description=_START)
     into = commands.add_parser("from-openpi", help="openpi -> LeRobot", description=_FROM)
     into.add_argument("--type", choices=("pi05", "ofp"), default="pi05", help="LeRobot's policy type (default pi05)")
     into.add_argument(
@@ -106,8 +113,10 @@ def parse_convert(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     back = commands.add_parser("to-openpi", help="LeRobot -> openpi")
     back.add_argument("--asset-id", required=True, help="under which the train config looks for the statistics")
+    start.add_argument("source", help="directory or Hub id of a `pi05` checkpoint")
     for command in (into, back):
         command.add_argument("source", type=Path, help="directory of the checkpoint")
+    for command in (start, into, back):
         command.add_argument("--output", type=Path, required=True, help="directory to write")
         command.add_argument("--dry-run", action="store_true", help="check and tell, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace an earlier conversion or export")
@@ -165,6 +174,12 @@ def _from_openpi(args: argparse.Namespace) -> list[str]:
         dry_run=args.dry_run,
         overwrite=args.overwrite,
     )
+
+
+def _from_pi05(args: argparse.Namespace) -> list[str]:
+    from .start import convert_from_pi05
+
+    return convert_from_pi05(args.source, args.output, dry_run=args.dry_run, overwrite=args.overwrite)
 
 
 def _to_openpi(args: argparse.Namespace) -> list[str]:

@@ -51,7 +51,8 @@ def save_config(config: PI05Config, directory: Path) -> None:
 
 def read_config(source: str | Path) -> tuple[OFPConfig, str]:
     """A `pi05` or `ofp` checkpoint's configuration as `ofp`'s, on the CPU, and its type. Raises UserError."""
-    config, kind = load_config(source, "cpu")
+    config, kind = load_config(source, device="cpu", types=("ofp", "pi05"), as_ofp=True, compile_model=False)
+    assert isinstance(config, OFPConfig)
     if kind == "pi05":
         config.bfloat16_rotary = dtype_name(config.dtype) == "bfloat16"
     return config, kind

@@ -39,6 +39,8 @@ POSTPROCESSOR = f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
 _TEXT_EXTENT = TextExtentProcessorStep._registry_name  # type: ignore[attr-defined]
 _WITHOUT_STATE, _PILLOW = (f"{s.__module__}.{s.__qualname__}" for s in (PromptWithoutStateStep, PillowResizeStep))
 _OURS = {_WITHOUT_STATE, _PILLOW}
+# Version 0.1 saved these steps from another module.
+_MOVED = {f"ofp_lerobot.interop.processor_steps.{name.rpartition('.')[2]}": name for name in _OURS}
 # What openpi does as well, or train_config_facts tells.
 _KNOWN = _OURS | {
     "rename_observations_processor",
@@ -140,7 +142,7 @@ def read_processors(source: str | Path, action_size: int, *, for_openpi: bool = 
         steps.get("tokenizer_processor", {}).get("config", {}).get("max_length", 200),
         {**preprocessor, "steps": pre},
         (postprocessor, *states.values(), *_artifacts(source, both)),
-        any(step.get("class") in _OURS for step in pre),
+        any(_name(step) in _OURS for step in pre),
         _PILLOW in steps,
     )
 
@@ -173,7 +175,8 @@ def _refuse_other_steps(steps: dict[str, dict[str, Any]], with_state: bool, sour
 
 
 def _name(step: dict[str, Any]) -> str:
-    return step.get("registry_name") or step.get("class", "")
+    name = step.get("registry_name") or step.get("class", "")
+    return _MOVED.get(name, name)
 
 
 def _file(source: str | Path, name: str) -> Path:

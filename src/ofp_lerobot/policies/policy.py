@@ -117,8 +117,8 @@ class FlowMapPolicy(PreTrainedPolicy):
             self._bind_teacher(prefix.detach()),
             actions.repeat(draws, 1, 1),
             mask.repeat(draws, 1, 1),
-            self.config.settings,
-            self._step / self.config.schedule_steps,
+            self.config,
+            self._step,
             self._generator(_TRAIN if self.training else _EVALUATE, actions.device),
         )
         per_sample = losses.loss.unflatten(0, (draws, len(actions))).mean(dim=0)
@@ -149,17 +149,11 @@ class FlowMapPolicy(PreTrainedPolicy):
         return (loss if reduction == "mean" else per_sample), logs
 
     def update(self) -> None:
-        """After each optimizer step (LeRobot calls it): the teacher follows, the schedules move on."""
+        """After each optimizer step (LeRobot calls it): the teacher follows, a schedule moves on."""
         if self._teacher:
             update_ema(self._teacher, self._student_weights(), TEACHER_DECAY)
         self._step += 1
         self._calls = 0
-        if self._step == self.config.schedule_steps + 1:
-            logger.warning(
-                "training goes on past schedule_steps=%d, the schedules stay at their end: set --policy.schedule_steps "
-                "to --steps",
-                self.config.schedule_steps,
-            )
 
     def _require_one_dtype(self) -> None:
         """Raises ValueError where FSDP2 cannot reduce the gradients together."""
@@ -232,7 +226,7 @@ class FlowMapPolicy(PreTrainedPolicy):
                     high,
                     "they average the modes"
                     if ratio < low
-                    else "they diverge; lower --policy.guidance_weight if it is on",
+                    else "they diverge; with objective=ofp_paper lower --policy.ofp_paper.guidance_weight",
                 )
             self._was_healthy = healthy
         return logs

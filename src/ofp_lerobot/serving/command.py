@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..arguments import at_least
 from ..errors import UserError
+from ..inference.sampling import add_sampling_flags, sampling_of
 
 if TYPE_CHECKING:
     from .openpi_server import OpenPIServer
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "OFP_SERVE_API_KEY"
 
 _DESCRIPTION = """\
-Serves an `ofp` or stock `pi05` checkpoint over openpi's WebSocket protocol: an unmodified openpi-client talks to it."""
+Serves an `ofp`, `ofp_unet` or stock `pi05` checkpoint over openpi's WebSocket protocol: an unmodified openpi-client
+talks to it."""
 
 _EXAMPLES = """\
 examples:
@@ -47,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "ofp-serve", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="directory or Hub id of an `ofp` or `pi05` policy")
+    parser.add_argument("checkpoint", help="directory or Hub id of an `ofp`, `ofp_unet` or `pi05` policy")
     parser.add_argument(
         "--layout", required=True, help="aloha, aloha_pi, robotwin, droid, libero or a YAML file (docs/serving.md)"
     )
@@ -57,31 +59,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cuda, cuda:1, mps, xpu or cpu (default: the best there is)")
     parser.add_argument(
-        "--num-inference-steps", type=at_least(1), help="evaluations per chunk (default: the checkpoint's)"
-    )
-    parser.add_argument("--sampler", choices=("flow_map", "euler"), help="of `ofp` (default: the checkpoint's)")
-    parser.add_argument(
-        "--inference-engine",
-        action="store_true",
-        default=None,
-        help="of `ofp`: its fast path (default: the checkpoint's)",
-    )
-    parser.add_argument("--warm-start", type=at_least(0.0), help="of `ofp`, 0 is off (default: the checkpoint's)")
-    parser.add_argument(
-        "--test-time-samples",
-        type=at_least(1),
-        help="of `ofp`: chunks drawn for an answer, which is the one in the densest place (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--noise-temperature",
-        type=at_least(0.0, at_most=1.0),
-        help="of `ofp`: factor of the noise that a chunk starts from (default: the checkpoint's)",
-    )
-    parser.add_argument(
         "--execution-horizon",
         type=at_least(1),
         help="actions of a chunk that are answered, all of which the robot executes (default: its n_action_steps)",
     )
+    add_sampling_flags(parser)
     parser.add_argument("--default-prompt", help="instruction for requests without one")
     parser.add_argument(
         "--seed",
@@ -132,12 +114,7 @@ def serve(args: argparse.Namespace) -> None:
         execution_horizon=args.execution_horizon,
         absent_cameras=layout.absent_features,
         device=args.device,
-        num_inference_steps=args.num_inference_steps,
-        sampler=args.sampler,
-        inference_engine=args.inference_engine,
-        warm_start=args.warm_start,
-        test_time_samples=args.test_time_samples,
-        noise_temperature=args.noise_temperature,
+        **sampling_of(args).settings,
     )
     translator = Translator(
         layout,
@@ -162,7 +139,7 @@ def serve(args: argparse.Namespace) -> None:
         logger.warning(
             "warm_start=%s: robots must execute all %d actions of an answer, and send {'%s': True} where an episode "
             "begins without a new connection; --warm-start 0 for clients that do not",
-            runner.served.warm_start,
+            runner.sampling.warm_start,
             runner.horizon,
             RESET,
         )

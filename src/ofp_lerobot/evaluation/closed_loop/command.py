@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -12,20 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from ...errors import UserError
-from .jobs import PolicySpec, Start, read_policies, read_starts
+from ...files import write_whole
+from ..environments import Harness, add_all_arguments, harness_class
+from ..episodes import Episode, Start, read_starts
+from ..videos import side_by_side
+from .policies import PolicySpec, read_policies
 from .report import write_report
-from .results import Episode, Results, git_commit, open_results, write_whole
-from .videos import side_by_side
+from .results import Results, open_results
 from .workers import Find, HarnessSpec, Play, do_all
 
 DEFAULT_EPISODES = 100
 EPISODES, STARTS, SETTINGS, VIDEOS = "episodes.jsonl", "starts.jsonl", "settings.json", "videos"
-# As RoboTwin's and LeRobot's own evaluations begin; LIBERO's seeds number its lists of initial states.
-ROBOTWIN_FIRST_SEED, LEROBOT_FIRST_SEED, LIBERO_FIRST_SEED = 100_000, 1000, 0
 
 _EPILOG = """\
 examples:
@@ -86,16 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="frozen episodes, not checked by the expert: another comparison's starts.jsonl",
     )
-    environment = parser.add_argument_group("environment")
-    environment.add_argument(
-        "--env-option", action="append", default=[], metavar="KEY=VALUE", help="of LeRobot's --env.*"
-    )
-    environment.add_argument(
-        "--fast-rendering", action="store_true", help="MetaWorld without shadows and multisampling"
-    )
-    environment.add_argument("--robotwin-root", default=os.environ.get("ROBOTWIN_ROOT"), help="default: ROBOTWIN_ROOT")
-    environment.add_argument("--robotwin-python", default="python", help="the Python of RoboTwin's environment")
-    environment.add_argument("--instruction-type", choices=("seen", "unseen"), default="unseen")
+    add_all_arguments(parser)
     running = parser.add_argument_group("running")
     running.add_argument("--output", type=Path, required=True)
     running.add_argument(
@@ -153,14 +143,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _harness(args: argparse.Namespace) -> HarnessSpec:
-    if args.env == "robotwin":
-        if not args.robotwin_root:
-            raise UserError("--env robotwin needs --robotwin-root, or ROBOTWIN_ROOT")
-        root = Path(args.robotwin_root).expanduser().resolve()
-        kind = {"root": str(root), "python": args.robotwin_python, "instruction_type": args.instruction_type}
-        return HarnessSpec("robotwin", {**kind, "commit": git_commit(root)})
-    fields = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in args.env_option)}
-    return HarnessSpec(args.env, {"fields": fields, "fast_rendering": args.fast_rendering})
+    return HarnessSpec(args.env, _harness_class(args).read_arguments(args))
+
+
+def _harness_class(args: argparse.Namespace) -> type[Harness]:
+    """Raises UserError where the environment's package is absent."""
+    try:
+        return harness_class(args.env)
+    except ImportError as error:
+        raise UserError(f"--env {args.env}: {error}") from error
 
 
 def _settle(path: Path, policies: list[PolicySpec], harness: HarnessSpec) -> dict[str, Any]:
@@ -209,13 +200,9 @@ def _starts(args: argparse.Namespace, harness: HarnessSpec, results: Results) ->
     """The frozen list, or the one of this directory, made longer where it is too short."""
     if args.starts is not None:
         return _frozen(args)
-    official = args.env == "robotwin"
-    conditions = args.conditions or (["demo_clean"] if official else [""])
-    first = args.first_seed
-    if first is None and args.env.startswith("libero"):
-        first = LIBERO_FIRST_SEED
-    elif first is None:
-        first = ROBOTWIN_FIRST_SEED if official else LEROBOT_FIRST_SEED
+    kind = _harness_class(args)
+    conditions = args.conditions or kind.conditions
+    first = kind.first_seed(args.env) if args.first_seed is None else args.first_seed
     path = args.output / STARTS
     known = _known_starts(path)
     episodes = args.episodes or DEFAULT_EPISODES
@@ -227,7 +214,7 @@ def _starts(args: argparse.Namespace, harness: HarnessSpec, results: Results) ->
                 jobs.append(Find(task, condition, episodes - len(seeds), max(seeds, default=first - 1) + 1))
     if jobs:
         missing = sum(job.episodes for job in jobs if isinstance(job, Find))
-        with path.open("a") as file, tqdm(desc="starts", total=missing, disable=not official) as bar:
+        with path.open("a") as file, tqdm(desc="starts", total=missing, disable=not kind.looks_for_starts) as bar:
 
             def keep(start: Start | Episode) -> None:
                 assert isinstance(start, Start)
@@ -248,6 +235,7 @@ def _starts(args: argparse.Namespace, harness: HarnessSpec, results: Results) ->
 def _frozen(args: argparse.Namespace) -> list[Start]:
     """Of --starts, what the other options leave: the first --episodes of each task and condition in its order."""
     count: Counter[tuple[str, str]] = Counter()
+    needs_instructions = _harness_class(args).needs_instructions
     chosen = []
     for start in read_starts(args.starts):
         if (
@@ -257,8 +245,10 @@ def _frozen(args: argparse.Namespace) -> list[Start]:
             or (args.episodes is not None and count[start[:2]] >= args.episodes)
         ):
             continue
-        if args.env == "robotwin" and not start.instruction:
-            raise UserError(f"{args.starts}: {start.task}, seed {start.seed}, has no instruction, which RoboTwin needs")
+        if needs_instructions and not start.instruction:
+            raise UserError(
+                f"{args.starts}: {start.task}, seed {start.seed}, has no instruction, which {args.env} needs"
+            )
         count[start[:2]] += 1
         chosen.append(start)
     if not chosen:

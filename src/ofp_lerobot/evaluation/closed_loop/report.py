@@ -8,19 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ..environments import harness_class
+from ..episodes import Episode
 from ..statistics import POWER, Pairs, mcnemar_p, paired_interval, smallest_difference, wilson_interval
-from .jobs import PolicySpec
-from .results import Episode
+from ..tables import markdown_table
+from .policies import PolicySpec
 
-PROTOCOLS = {
-    "robotwin": "RoboTwin's own environments with its step limits, on seeds that its scripted expert solves "
-    "(those of --starts are taken as they come)",
-    "lerobot-robotwin": (
-        "LeRobot's RoboTwin environment. Not RoboTwin's protocol: no expert check, the task's name as instruction, "
-        "clean scenes only, one step limit for all tasks unless it was set"
-    ),
-    "quickstart": "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)",
-}
 _COLOURS = ("#d1495b", "#30638e", "#edae49", "#2e933c", "#6d597a", "#3c3c3b")
 
 
@@ -57,7 +50,7 @@ def summarise(
     kind = settings["harness"]["kind"]
     return {
         "environment": settings["harness"],
-        "protocol": PROTOCOLS.get(kind, f"LeRobot's environment {kind!r}, episodes by seed"),
+        "protocol": harness_class(kind).protocol(kind),
         "policies": {name: settings["policies"][name] for name in names},
         "baseline": baseline,
         "compared": {"episodes": len(shared), "of": total},
@@ -200,7 +193,7 @@ def _incomplete(report: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
     head = ("policy", "success [95 %]", "episodes", "evaluations a chunk", "latency ms, median (p95)", "jump", "steps")
-    lines = [_line(head), _line("---" for _ in head)]
+    lines = []
     for row in rows:
         clock = timing[row["policy"]]
         cells = [
@@ -209,13 +202,17 @@ def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
             f"{row['episodes']}" + (f" + {row['errors']} errors" if row["errors"] else ""),
         ]
         cells += [_number(row["evaluations_per_chunk"], "{:g}"), _latency(clock), _number(row["jump"], "{:.4f}")]
-        lines.append(_line([*cells, _number(row["steps_to_success"], "{:.0f}")]))
-    return [*lines, "", "Jump: difference of successive plans where they overlap or meet. Steps: to success."]
+        lines.append([*cells, _number(row["steps_to_success"], "{:.0f}")])
+    return [
+        *markdown_table(head, lines),
+        "",
+        "Jump: difference of successive plans where they overlap or meet. Steps: to success.",
+    ]
 
 
 def _task_lines(report: dict[str, Any]) -> list[str]:
     head = ("task", "policy", "success [95 %]", "episodes", "difference [95 %]", "p", "latency ms, median (p95)")
-    lines = [_line(head), _line("---" for _ in head)]
+    found = []
     for i, task in enumerate(report["tasks"]):
         label = " ".join(part for part in (task["task"], task["condition"]) if part)
         pairs = {pair["policy"]: pair for pair in task["paired"] if pair["episodes"]}
@@ -223,7 +220,8 @@ def _task_lines(report: dict[str, Any]) -> list[str]:
             pair = pairs.get(row["policy"])
             told = [_difference(pair), f"{pair['mcnemar_p']:.3g}"] if pair else ["", ""]
             clock = report["timing"][row["policy"]]["tasks"][i]
-            lines.append(_line([label, row["policy"], _success(row), row["episodes"], *told, _latency(clock)]))
+            found.append([label, row["policy"], _success(row), row["episodes"], *told, _latency(clock)])
+    lines = markdown_table(head, found)
     if not report["paired"]:
         return lines
     return [*lines, "", f"Differences to {report['baseline']} on the same episodes; p of the exact McNemar test."]
@@ -238,27 +236,24 @@ def _paired_lines(report: dict[str, Any]) -> list[str]:
         "episodes",
         "smallest difference",
     )
-    lines = [_line(head), _line("---" for _ in head)]
+    found = []
     for row in report["paired"]:
         if not row["episodes"]:
-            lines.append(_line([row["policy"], *["–"] * 3, "0", "–"]))
+            found.append([row["policy"], *["–"] * 3, "0", "–"])
             continue
-        lines.append(
-            _line(
-                [
-                    row["policy"],
-                    _difference(row),
-                    f"{row['first_only']} / {row['second_only']}",
-                    _number(row["mcnemar_p"], "{:.3g}"),
-                    str(row["episodes"]),
-                    "beyond any"
-                    if row["smallest_difference"] is None
-                    else f"{100 * row['smallest_difference']:.1f} points",
-                ]
-            )
+        least = row["smallest_difference"]
+        found.append(
+            [
+                row["policy"],
+                _difference(row),
+                f"{row['first_only']} / {row['second_only']}",
+                _number(row["mcnemar_p"], "{:.3g}"),
+                str(row["episodes"]),
+                "beyond any" if least is None else f"{100 * least:.1f} points",
+            ]
         )
     return [
-        *lines,
+        *markdown_table(head, found),
         "",
         f"Smallest difference: what this many paired episodes, as often discordant as these, detect with probability "
         f"{POWER:.0%} at p < .05; a smaller one may exist and not show. The p-values stand for one comparison each.",
@@ -283,10 +278,6 @@ def _latency(clock: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
-
-
-def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -1,77 +1,13 @@
 """Episodes on disk: one JSON line each, appended by one process, so that a killed run loses only what was running."""
 
 import fcntl
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import TextIO
 
-PACKAGES = ("lerobot_policy_ofp", "lerobot", "torch", "transformers", "numpy", "metaworld", "mujoco", "libero")
-
-
-class Key(NamedTuple):
-    """What is counted once."""
-
-    policy: str
-    task: str
-    condition: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One answer of the policy.
-
-    latency_ms: from the observation on the host to actions on the host, synchronised, after a warm-up.
-    evaluations: network evaluations. jump: `planning.jump` to the last chunk, None for the first of an episode.
-    """
-
-    latency_ms: float
-    evaluations: int
-    jump: float | None
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One episode of one policy. An `error` is neither success nor failure: `success` is None then."""
-
-    policy: str
-    task: str
-    condition: str
-    seed: int
-    instruction: str
-    success: bool | None
-    steps: int
-    seconds: float
-    chunks: list[Chunk] = field(default_factory=list)
-    error: str | None = None
-    versions: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if (self.success is None) != (self.error is not None):
-            raise ValueError("an episode has either an outcome or an error")
-
-    @property
-    def key(self) -> Key:
-        return Key(self.policy, self.task, self.condition, self.seed)
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        values = json.loads(line)
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
-        chunks = [Chunk(**chunk) for chunk in values.pop("chunks")]
-        return cls(**values, chunks=chunks)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+from ..episodes import Episode, Key
 
 
 class Results:
@@ -143,36 +79,3 @@ def _parse(text: str, path: Path) -> Iterator[Episode]:
             yield Episode.from_json(line)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}, is not an episode: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes so that a reader, or a kill, meets the old content or the new."""
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of what runs, and the commit where this is a checkout."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    commit = git_commit(Path(__file__).parent)
-    return versions | ({"commit": commit} if commit else {})
-
-
-def git_commit(directory: Path) -> str | None:
-    """HEAD of the checkout at `directory`, with "+" where files differ from it; None where there is none."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.check_output(
-            ["git", *arguments], cwd=directory, text=True, stderr=subprocess.DEVNULL, timeout=20
-        ).strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import UserError
-from .jobs import Harness, PolicySpec, Start
-from .results import Episode, provenance
-from .videos import write_frames
+from ..environments import Harness, harness_class
+from ..episodes import Episode, Start
+from ..provenance import short_commit, versions
+from ..videos import write_frames
+from .policies import PolicySpec
 
 if TYPE_CHECKING:
     from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
@@ -23,10 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HarnessSpec:
-    """Which environments, by the fields of the class that plays them.
-
-    kind: "robotwin" (a checkout's own, in its own Python), "quickstart", "lerobot-robotwin" or a type of LeRobot's.
-    """
+    """Which environments: a kind that `environments.harness_class` knows, and the settings of that class."""
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -34,23 +33,7 @@ class HarnessSpec:
     def make(self, device: str | None) -> Harness:
         """Imports what the environment needs. Raises UserError where it is absent."""
         try:
-            if self.kind == "robotwin":
-                from robotwin_eval.environment import RoboTwinHarness
-
-                return RoboTwinHarness(
-                    Path(self.settings["root"]),
-                    self.settings["python"],
-                    instruction_type=self.settings["instruction_type"],
-                    device=device,
-                )
-            if self.kind == "quickstart":
-                from ..environments.quickstart import QuickstartHarness
-
-                return QuickstartHarness()
-            from ..environments.lerobot_envs import LeRobotHarness
-
-            kind = self.kind.removeprefix("lerobot-")
-            return LeRobotHarness(kind, self.settings.get("fields", {}), fast_rendering=self.settings["fast_rendering"])
+            return harness_class(self.kind)(self.kind, self.settings, device)
         except ImportError as error:
             raise UserError(f"--env {self.kind}: {error}") from error
 
@@ -84,8 +67,8 @@ class Player:
 
     def __init__(self, harness: HarnessSpec, device: str | None) -> None:
         self._spec, self._device = harness, device
-        commit = harness.settings.get("commit")
-        self._versions = provenance() | ({"robotwin": commit} if commit else {})
+        commits = {"commit": short_commit(), "robotwin": harness.settings.get("commit")}
+        self._versions = versions() | {name: commit for name, commit in commits.items() if commit}
         self._harness: Harness | None = None
         self._loaded: tuple[PolicySpec, Runner] | None = None
 
@@ -133,17 +116,7 @@ class Player:
             self._harness.close()
             from ...inference.session import Runner
 
-            runner = Runner.load(
-                spec.path,
-                execution_horizon=spec.horizon,
-                device=self._device,
-                num_inference_steps=spec.steps,
-                inference_engine=spec.engine,
-                sampler=spec.sampler,
-                warm_start=spec.warm_start,
-                test_time_samples=spec.samples,
-                noise_temperature=spec.temperature,
-            )
+            runner = Runner.load(spec.path, execution_horizon=spec.horizon, device=self._device, **spec.settings)
             runner.warm_up()
             self._loaded = spec, runner
         return self._loaded[1]

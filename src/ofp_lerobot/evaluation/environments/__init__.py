@@ -1,0 +1,82 @@
+"""Environments that policies are compared in, each behind one class.
+
+A class of another package is known by its name in the entry points of the group `ofp_lerobot.environments`; what has no
+entry is an environment of LeRobot's.
+"""
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..episodes import Outcome, Start
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
+
+GROUP = "ofp_lerobot.environments"
+_OWN = {"quickstart": "ofp_lerobot.evaluation.environments.quickstart:QuickstartHarness"}
+_OTHERS = "ofp_lerobot.evaluation.environments.lerobot_envs:LeRobotHarness"
+
+
+class Harness(ABC):
+    """Where episodes are played, in one process. Made from the kind (its name for `ofp-compare`) and its settings."""
+
+    conditions: ClassVar[tuple[str, ...]] = ("",)  # by default, of each task
+    needs_instructions: ClassVar[bool] = False  # with every start
+    looks_for_starts: ClassVar[bool] = False  # which takes time
+
+    @abstractmethod
+    def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None) -> None:
+        """settings: of `read_arguments`. device: of the policy. Raises UserError, or ImportError for what is absent."""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Its own flags for `ofp-compare`."""
+        return None
+
+    @classmethod
+    def read_arguments(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Its settings, plain values: episodes of other settings are never mixed. Raises UserError."""
+        return {}
+
+    @classmethod
+    def first_seed(cls, kind: str) -> int:
+        """As its own evaluation begins; LeRobot's begins at 1000, and LIBERO's seeds number lists of initial states."""
+        return 0 if kind.startswith("libero") else 1000
+
+    @classmethod
+    def protocol(cls, kind: str) -> str:
+        """What is played, in words for the report."""
+        return f"LeRobot's environment {kind!r}, episodes by seed"
+
+    def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
+        """Reports `count` starts, from seed `first` on, that the task's expert solves where there is one."""
+        for seed in range(first, first + count):
+            report(Start(task, condition, seed))
+
+    @abstractmethod
+    def play(
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+    ) -> Outcome:
+        """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of environments and policies; the next episode opens them again."""
+
+
+def harness_class(kind: str) -> type[Harness]:
+    """Raises ImportError where the environment's package is absent."""
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    own = EntryPoint(kind, _OWN.get(kind, _OTHERS), GROUP)
+    return found.get(kind, own).load()
+
+
+def add_all_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every environment, of this package and of others."""
+    for kind in dict.fromkeys(["metaworld", *_OWN, *(entry.name for entry in entry_points(group=GROUP))]):
+        harness = harness_class(kind)
+        if kind == "metaworld" or "add_arguments" in vars(harness):  # not again what another class has inherited
+            harness.add_arguments(parser)

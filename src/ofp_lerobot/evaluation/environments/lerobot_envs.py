@@ -1,91 +1,89 @@
-"""Episodes on LeRobot's own environments: MetaWorld, LIBERO, and RoboTwin as LeRobot drives it."""
+"""Episodes on LeRobot's own environments: MetaWorld, LIBERO and what else `lerobot.envs` has."""
 
+import argparse
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Mapping
-from itertools import count as count_from
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors, preprocess_observation
-from lerobot.envs.utils import NEW_ROLLOUT_OPTION
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
-
-from robotwin_eval.adapters.common.observation import CLASSIC_CAMERAS
-from robotwin_eval.serve import camera_names
 
 from ...errors import UserError
-from ...inference.session import Runner
-from ..closed_loop.jobs import Outcome, Start
-from ..closed_loop.planning import Planner
+from ..episodes import Outcome, Start
+from ..rollout import MeasuredSession, roll_out
+from . import Harness
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
+
+PREFIX = "lerobot-"  # of a kind whose name another environment has taken
 
 
-class LeRobotHarness:
+class LeRobotHarness(Harness):
     """One environment at a time, made by `lerobot.envs.make_env`.
 
-    Tasks are named as LeRobot's `--env.task`, with `/<task id>` where that is a suite: `libero_spatial/3`. RoboTwin's
-    run here too, if the checkout is on PYTHONPATH and the working directory; not by RoboTwin's own protocol.
+    Tasks are named as LeRobot's `--env.task`, with `/<task id>` where that is a suite: `libero_spatial/3`.
     Frames are rendered where the policy looks, if the environment can do without the others.
     """
 
-    def __init__(self, kind: str, settings: Mapping[str, Any], *, fast_rendering: bool = False) -> None:
-        """settings: fields of LeRobot's configuration of that environment. fast_rendering: MetaWorld without shadows,
-        reflections and multisampling, which on a CPU take nearly all the time."""
-        if fast_rendering and kind != "metaworld":
+    def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
+        """settings: `fields` of LeRobot's configuration of that environment; `fast_rendering`: MetaWorld without
+        shadows, reflections and multisampling, which on a CPU take nearly all the time."""
+        self._kind, self._fields = kind.removeprefix(PREFIX), dict(settings.get("fields", {}))
+        self._fast = bool(settings.get("fast_rendering"))
+        if self._fast and self._kind != "metaworld":
             raise UserError("fast_rendering is MetaWorld's; leave it out for other environments")
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-        self._kind, self._settings, self._fast = kind, dict(settings), fast_rendering
         self._task: str | None = None
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("environments of LeRobot")
+        group.add_argument(
+            "--env-option", action="append", default=[], metavar="KEY=VALUE", help="of LeRobot's --env.*"
+        )
+        group.add_argument("--fast-rendering", action="store_true", help="MetaWorld without shadows and multisampling")
+
+    @classmethod
+    def read_arguments(cls, args: argparse.Namespace) -> dict[str, Any]:
+        options = (option.partition("=") for option in args.env_option)
+        fields = {key: yaml.safe_load(value) for key, _, value in options}
+        return {"fields": fields, "fast_rendering": args.fast_rendering}
+
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
-        """Seeds in order: LeRobot's environments have no expert to ask. RoboTwin's unstable ones are left out."""
+        """Seeds in order: LeRobot's environments have no expert to ask."""
         if self._kind.startswith("libero"):
             self._open(task)
             self._check_initial_state(first + count - 1)
-        seeds = count_from(first)
-        while count:
-            seed = next(seeds)
-            if self._kind != "robotwin" or self._is_stable(task, seed):
-                report(Start(task, condition, seed))
-                count -= 1
+        super().find_starts(task, condition, count, first, report)
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
-        planner = Planner(runner.session(noise_seed))
-        if self._kind == "robotwin":
-            cameras = camera_names(runner.cameras, dict(rename_map))
-            rename_map = {f"{OBS_IMAGES}.{CLASSIC_CAMERAS[name]}": feature for name, feature in cameras.items()}
+        from lerobot.envs.utils import NEW_ROLLOUT_OPTION
+
+        session = MeasuredSession(runner.session(noise_seed))
+        names = self._names(runner, rename_map)
         self._open(start.task)
         self._choose_initial_state(start.seed)
         raw, _ = self._env.reset(seed=[start.seed], options={NEW_ROLLOUT_OPTION: True})
-        if self._kind == "robotwin":
-            self._inner.episode_index = start.seed  # LeRobot sets up one more scene at the end: one that is stable
-        limit = self._env.call("_max_episode_steps")[0]
+        self._after_reset(start)
         instruction = start.instruction or self._instruction()
-        chunks, frames, steps, success, done = [], [], 0, False, False
-        if film:
-            frames.append(self._frame())
-        while not done and steps < limit:
-            actions, chunk = planner.plan(self._observation(raw, instruction, rename_map))
-            chunks.append(chunk)
-            for action in actions:
-                raw, _, terminated, truncated, info = self._env.step(self._finish(action))
-                steps += 1
-                done = bool(terminated[0] or truncated[0])
-                success = done and _is_success(info)
-                if film and not done:  # LeRobot's environments have reset themselves by then
-                    frames.append(self._frame())
-                if done or steps >= limit:
-                    break
-        return Outcome(success, steps, instruction, chunks, frames)
+        scene = _Scene(self, raw, instruction, names, film)
+        (course,) = roll_out(runner, [session], [scene], limit=self._env.call("_max_episode_steps")[0])
+        return Outcome(scene.success, course.steps, instruction, course.chunks, scene.frames)
+
+    def _names(self, runner: "Runner", rename_map: Mapping[str, str]) -> Mapping[str, str]:
+        """Names in the environment -> names in the policy, where they differ."""
+        return rename_map
+
+    def _after_reset(self, start: Start) -> None:
+        """What an environment needs before its first step."""
 
     def close(self) -> None:
         if self._task is not None:
@@ -96,11 +94,11 @@ class LeRobotHarness:
         if task == self._task:
             return
         self.close()
-        suite, _, number = task.partition("/")
-        settings = {**self._settings, "task": suite} | ({"task_ids": [int(number)]} if number else {})
+        from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
+
+        settings: Any = task
         try:
-            if self._kind == "robotwin":
-                settings.setdefault("episode_length", robotwin_step_limit(task))
+            settings = self._settings(task)
             config = make_env_config(self._kind, **settings)
             with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints one line per environment
                 made = make_env(config, n_envs=1)
@@ -117,15 +115,10 @@ class LeRobotHarness:
         if self._lazy:
             _render_on_request(self._inner, fast=self._fast)
 
-    def _is_stable(self, task: str, seed: int) -> bool:
-        self._open(task)
-        try:
-            self._env.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
-        except Exception as error:
-            if type(error).__name__ == "UnStableError":  # RoboTwin's, which is not importable without it
-                return False
-            raise
-        return True
+    def _settings(self, task: str) -> dict[str, Any]:
+        """Fields of LeRobot's configuration of the environment."""
+        suite, _, number = task.partition("/")
+        return {**self._fields, "task": suite} | ({"task_ids": [int(number)]} if number else {})
 
     def _choose_initial_state(self, seed: int) -> None:
         """LIBERO counts resets through its list of initial states; here the seed chooses."""
@@ -150,6 +143,10 @@ class LeRobotHarness:
 
     def _observation(self, raw: dict[str, Any], instruction: str, rename_map: Mapping[str, str]) -> dict[str, Any]:
         """The policy's names, images uint8 again: LeRobot's own steps work on floats."""
+        from lerobot.envs import preprocess_observation
+        from lerobot.utils.constants import OBS_IMAGE, OBS_STATE
+        from torch import Tensor
+
         if self._lazy:
             raw = {**raw, "pixels": self._frame()[None]}
         batch = self._before({**preprocess_observation(raw), "task": [instruction]})
@@ -163,14 +160,33 @@ class LeRobotHarness:
         return found
 
     def _finish(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        from lerobot.utils.constants import ACTION
+        from torch import from_numpy
+
         return self._after({ACTION: from_numpy(action)[None]})[ACTION].numpy()
 
 
-def robotwin_step_limit(task: str) -> int:
-    """Of RoboTwin's own evaluation, which LeRobot's environment does not know; from the checkout on PYTHONPATH."""
-    from envs import CONFIGS_PATH  # RoboTwin's
+class _Scene:
+    """An episode in the harness's environment, which has just been reset."""
 
-    return int(yaml.safe_load((Path(CONFIGS_PATH) / "_eval_step_limit.yml").read_text())[task])
+    def __init__(
+        self, harness: LeRobotHarness, raw: dict[str, Any], instruction: str, names: Mapping[str, str], film: bool
+    ) -> None:
+        self._harness, self._raw, self._instruction, self._names, self._film = harness, raw, instruction, names, film
+        self.success = False
+        self.frames = [harness._frame()] if film else []
+
+    def observe(self) -> dict[str, Any]:
+        return self._harness._observation(self._raw, self._instruction, self._names)
+
+    def step(self, action: NDArray[np.float32]) -> bool:
+        harness = self._harness
+        self._raw, _, terminated, truncated, info = harness._env.step(harness._finish(action))
+        done = bool(terminated[0] or truncated[0])
+        self.success = done and _is_success(info)
+        if self._film and not done:  # LeRobot's environments have reset themselves by then
+            self.frames.append(harness._frame())
+        return done
 
 
 def _is_success(info: Mapping[str, Any]) -> bool:

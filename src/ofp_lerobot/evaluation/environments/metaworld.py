@@ -9,9 +9,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STATE_DIM = 4  # hand position and gripper opening
 ACTION_DIM = 4  # hand displacement and gripper effort, each in [-1, 1]
 STEP_RATE = 80  # simulator steps a second
+IMAGE, STATE = "observation.image", "observation.state"
 
 _TURNED_CAMERA = "corner2"  # upside down in MetaWorld; LeRobot turns it and moves it closer
 _PROBE = """
@@ -148,3 +149,42 @@ class Simulator:
 def state_of(raw: NDArray[np.float64]) -> NDArray[np.float32]:
     """The agent's state (4,) in a raw observation."""
     return raw[:STATE_DIM].astype(np.float32)
+
+
+class MetaworldScene:
+    """An episode from the start that `seed` draws; the policy sees a picture and the hand's state.
+
+    Args:
+        size: pixels of the picture.
+        film_size: pixels of the frames that are kept, one after every action; None keeps none.
+        rename_map: names here -> names in the policy, where they differ.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        seed: int,
+        instruction: str,
+        size: int,
+        *,
+        film_size: int | None = None,
+        rename_map: Mapping[str, str] | None = None,
+    ) -> None:
+        self._simulator, self._instruction, self._size, self._film_size = simulator, instruction, size, film_size
+        self._names = rename_map or {}
+        self._raw = simulator.reset(seed)
+        self.success = False
+        self.frames: list[NDArray[np.uint8]] = []
+
+    def observe(self) -> dict[str, Any]:
+        found = {IMAGE: self.picture(), STATE: state_of(self._raw), "task": self._instruction}
+        return {self._names.get(key, key): value for key, value in found.items()}
+
+    def picture(self) -> NDArray[np.uint8]:
+        return self._simulator.render(self._size)
+
+    def step(self, action: NDArray[np.float32]) -> bool:
+        self._raw, self.success = self._simulator.step(action)
+        if self._film_size is not None:
+            self.frames.append(self._simulator.render(self._film_size))
+        return self.success

@@ -1,62 +1,49 @@
-"""Episodes on the simulator of `make quickstart`, so that its checkpoints can be compared. Needs the repository."""
+"""Episodes on the simulator of `make quickstart`, so that its checkpoints can be compared.
+
+Needs the metaworld extra.
+"""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from ...inference.session import Runner
-from ..closed_loop.jobs import Outcome, Start
-from ..closed_loop.planning import Planner
+from ..episodes import Outcome, Start
+from ..rollout import MeasuredSession, roll_out
+from . import Harness
+from .metaworld import MetaworldScene, Simulator, description, usable_backend
+
+if TYPE_CHECKING:
+    from ...inference.session import Runner
+
+IMAGE_SIZE, ACTION_REPEAT, CAMERA = 64, 2, "corner2"
+MAX_STEPS = 150  # actions
 
 
-class QuickstartHarness:
+class QuickstartHarness(Harness):
     """MetaWorld as the quickstart records and evaluates it: 64 pixels, two simulator steps to an action."""
 
-    def __init__(self) -> None:
-        try:
-            from examples.quickstart.demonstrations import Recording
-            from examples.quickstart.evaluation import Evaluation
-
-            from .metaworld import usable_backend
-        except ImportError as error:
-            raise ImportError(
-                "the quickstart's simulator is in the repository: run there, with the metaworld extra"
-            ) from error
+    def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
         os.environ["MUJOCO_GL"] = usable_backend()  # before anything imports MuJoCo
-        self._recording, self._max_steps = Recording(), Evaluation().max_steps
-        self._simulator: Any = None
+        self._simulator: Simulator | None = None
 
-    def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
-        for seed in range(first, first + count):
-            report(Start(task, condition, seed))
+    @classmethod
+    def protocol(cls, kind: str) -> str:
+        return "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)"
 
     def play(
-        self, start: Start, runner: Runner, noise_seed: int, rename_map: Mapping[str, str], *, film: bool
+        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
-        planner = Planner(runner.session(noise_seed))
-        from examples.quickstart.demonstrations import IMAGE, STATE
-
-        from .metaworld import Simulator, description, state_of
-
-        size, chunks, frames, steps, solved = self._recording.image_size, [], [], 0, False
-        instruction = start.instruction or description(start.task)
         if self._simulator is None or self._simulator.task != start.task:
             self.close()
-            self._simulator = Simulator(start.task, self._recording.camera, self._recording.action_repeat)
-        simulator = self._simulator
-        raw = simulator.reset(start.seed)
-        while not solved and steps < self._max_steps:
-            observation = {IMAGE: simulator.render(size), STATE: state_of(raw), "task": instruction}
-            actions, chunk = planner.plan({rename_map.get(key, key): value for key, value in observation.items()})
-            chunks.append(chunk)
-            for action in actions:
-                raw, solved = simulator.step(action)
-                steps += 1
-                if film:
-                    frames.append(simulator.render(4 * size))
-                if solved or steps >= self._max_steps:
-                    break
-        return Outcome(solved, steps, instruction, chunks, frames)
+            self._simulator = Simulator(start.task, CAMERA, ACTION_REPEAT)
+        instruction = start.instruction or description(start.task)
+        film_size = 4 * IMAGE_SIZE if film else None
+        scene = MetaworldScene(
+            self._simulator, start.seed, instruction, IMAGE_SIZE, film_size=film_size, rename_map=rename_map
+        )
+        session = MeasuredSession(runner.session(noise_seed))
+        (course,) = roll_out(runner, [session], [scene], limit=MAX_STEPS)
+        return Outcome(scene.success, course.steps, instruction, course.chunks, scene.frames)
 
     def close(self) -> None:
         if self._simulator is not None:

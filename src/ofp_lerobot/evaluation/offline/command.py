@@ -11,7 +11,6 @@ from typing import Any
 
 from ...arguments import at_least
 from ...errors import UserError
-from .errors import CheckError
 
 _DESCRIPTION = """\
 Compares one and two network evaluations per action chunk with ten on recorded episodes: error to the demonstration,
@@ -74,19 +73,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Loads, measures, prints and writes; returns what the JSON file holds."""
     from ...checkpoints.reader import load_config, resolve_source
+    from ...compat import precision
     from ...datasets import resolve_dataset
     from ...devices import resolve_device
+    from ...inference.policies import load_policy
     from . import inputs, measure, report, verdict
 
     source = resolve_source(args.checkpoint)
     device = resolve_device(args.device)
-    config, kind = load_config(source, device)
+    how: dict[str, Any] = {"device": device, "as_ofp": True, "compile_model": False}
+    config, kind = load_config(source, **how)
     dataset = resolve_dataset(args.dataset, args.root)
     metadata = inputs.load_metadata(dataset)
     wanted = parse_episodes(args.episodes)
     training = inputs.training_dataset(source)
     episodes, reason = inputs.choose_episodes(metadata, wanted, training)
-    checkpoint = inputs.load_checkpoint(source, config, args.weights, args.rename_map)
+    checkpoint = load_policy(source, teacher=args.weights == "teacher", rename_map=args.rename_map, **how)
     inputs.check_features(checkpoint, metadata)
     told_of_statistics = inputs.check_statistics(checkpoint, metadata)
     data = inputs.load_episodes(metadata, dataset.root, config, episodes)
@@ -110,8 +112,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "chunk_size": config.chunk_size,
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
+            "sharpening_noise": config.sharpening_noise,
             "noise_temperature": config.noise_temperature,
-            "dtype": config.precision,
+            "dtype": precision(config),
             "device": device,
         },
         "data": {
@@ -134,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "latency_ms": latency,
         "thresholds": verdict.THRESHOLDS,
     }
-    result["verdicts"] = verdict.judge(result)
+    result["verdicts"] = verdict.judge(result) + verdict.judge_sharpness(result)
     result["limits"] = [*told_of_statistics, *verdict.limits(result)]
     result["versions"] = {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")}
     name = report.output_name(str(source), args.weights)
@@ -152,7 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def parse_episodes(words: Sequence[str] | None) -> list[int] | None:
     """["3", "40-42"] or ["[3,", "40]"] -> sorted episode numbers, None where the option was not given.
 
-    Raises CheckError on anything else and on an empty list.
+    Raises UserError on anything else and on an empty list.
     """
     if words is None:
         return None
@@ -162,9 +165,9 @@ def parse_episodes(words: Sequence[str] | None) -> list[int] | None:
         if match:
             found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
         elif word:
-            raise CheckError(f"--episodes: {word!r} is neither a number nor a range such as 40-49")
+            raise UserError(f"--episodes: {word!r} is neither a number nor a range such as 40-49")
     if not found:
-        raise CheckError("--episodes is empty: name some, as 3 17 40-49, or leave the option out")
+        raise UserError("--episodes is empty: name some, as 3 17 40-49, or leave the option out")
     return sorted(found)
 
 

@@ -1,65 +1,32 @@
-"""Checkpoint, processors and episodes in, with an answer in one line where they do not fit each other."""
+"""Episodes in, with an answer in one line where they do not fit the checkpoint."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from httpx import HTTPError  # of the Hub's client
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
-from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from ...checkpoints.reader import load_adapter, load_processors, normaliser, statistics_problems, use_teacher
+from ...checkpoints.reader import normaliser, statistics_problems
 from ...datasets import DatasetSource
+from ...errors import UserError
+from ...inference.policies import ServedPolicy
 from ...policies.normalisation import RECOMPUTE
 from ...policies.ofp import weights
-from ...policies.ofp.configuration_ofp import OFPConfig
-from ...policies.ofp.modeling_ofp import OFPPolicy
 from ...policies.relative import check_relative
-from .errors import CheckError
 
 HELD_OUT_SHARE = 0.1  # of the episodes, where nothing says what training left out
-
-
-class Checkpoint(NamedTuple):
-    """A policy and what turns dataset items into its batches and its actions into the dataset's."""
-
-    policy: OFPPolicy
-    preprocessor: PolicyProcessorPipeline
-    postprocessor: PolicyProcessorPipeline
-
-    @property
-    def rename_map(self) -> dict[str, str]:
-        """Names in the dataset -> names in the policy."""
-        maps = [getattr(step, "rename_map", {}) for step in self.preprocessor.steps]
-        return next((names for names in maps if names), {})
-
-
-# Policy
-
-
-def load_checkpoint(source: str | Path, config: OFPConfig, which: str, rename_map: dict[str, str] | None) -> Checkpoint:
-    """Policy with the student's or the teacher's weights, and the checkpoint's own processors."""
-    processors = load_processors(source, config, rename_map)
-    try:
-        policy = load_adapter(source, config) if config.use_peft else OFPPolicy.from_pretrained(source, config=config)
-    except (ValueError, OSError) as error:
-        raise CheckError(error) from error
-    if which == "teacher":
-        use_teacher(policy, source)
-    return Checkpoint(policy.eval(), *processors)
-
-
-# Data
 
 
 def load_metadata(source: DatasetSource) -> LeRobotDatasetMetadata:
     try:
         return LeRobotDatasetMetadata(source.repo_id, source.root)
     except (OSError, ValueError, NotImplementedError, HTTPError) as error:
-        raise CheckError(f"the dataset cannot be loaded ({source}): {error}") from error
+        raise UserError(f"the dataset cannot be loaded ({source}): {error}") from error
 
 
 def training_dataset(source: str | Path) -> dict[str, Any] | None:
@@ -105,10 +72,10 @@ def choose_episodes(
     total = metadata.total_episodes
     if wanted is not None:
         if wanted[-1] >= total:
-            raise CheckError(f"--episodes: {metadata.repo_id} has episodes 0 to {total - 1}, not {wanted[-1]}")
+            raise UserError(f"--episodes: {metadata.repo_id} has episodes 0 to {total - 1}, not {wanted[-1]}")
         return wanted, "as asked"
     if total == 0:
-        raise CheckError(f"{metadata.repo_id} has no episodes")
+        raise UserError(f"{metadata.repo_id} has no episodes")
     trained = trained_episodes(metadata, training)
     if trained is not None and training is not None:
         split = training.get("eval_split")
@@ -126,36 +93,37 @@ def held_out(metadata: LeRobotDatasetMetadata, episodes: list[int], training: di
     return None if trained is None else trained.isdisjoint(episodes)
 
 
-def check_statistics(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> list[str]:
-    """What to know of the statistics beside the verdict. Raises CheckError where they forbid one.
+def check_statistics(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata) -> list[str]:
+    """What to know of the statistics beside the verdict. Raises UserError where they forbid one.
 
     The checkpoint's own, against the data that they came from as far as they tell, and against this dataset.
     """
-    config = checkpoint.policy.config
+    config = checkpoint.config
     problems = statistics_problems(checkpoint.preprocessor, config)
     if narrow := [problem.text for problem in problems if problem.kind == "narrow" and problem.key == ACTION]:
-        raise CheckError(
+        raise UserError(
             f"the checkpoint's statistics cannot normalise its actions: {'; '.join(narrow)}. No number of steps can "
             f"answer with these; the dataset needs other ones ({RECOMPUTE}, or --policy.normalization_mapping with "
             "MIN_MAX for ACTION), and the policy a new training run"
         )
     step = normaliser(checkpoint.preprocessor)
     try:
-        check_relative(config, metadata, step.stats if step is not None else None)
+        if hasattr(config, "use_relative_actions"):  # `ofp_unet` knows absolute ones only
+            check_relative(config, metadata, step.stats if step is not None else None)
     except ValueError as error:
-        raise CheckError(f"the checkpoint was trained with statistics of the other kind of actions: {error}") from error
+        raise UserError(f"the checkpoint was trained with statistics of the other kind of actions: {error}") from error
     return [f"Statistics that hardly fit the training data: {problem.text}." for problem in problems]
 
 
-def check_features(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> None:
-    """Raises CheckError where the dataset lacks a camera of the policy, or state or action have another size."""
-    config, rename = checkpoint.policy.config, checkpoint.rename_map
+def check_features(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata) -> None:
+    """Raises UserError where the dataset lacks a camera of the policy, or state or action have another size."""
+    config, rename = checkpoint.config, checkpoint.rename_map
     found = {rename.get(key, key): feature for key, feature in metadata.features.items()}
     expected = [key for key in config.image_features if not key.startswith(f"{OBS_IMAGES}.empty_camera")]
     if missing := [key for key in expected if key not in found]:
         cameras = list(metadata.camera_keys)
         example = json.dumps(dict(zip(cameras, missing, strict=False)))
-        raise CheckError(
+        raise UserError(
             f"the policy's cameras are {expected}, the dataset's {cameras}: name them alike with "
             f"--rename_map='{example}'"
         )
@@ -165,14 +133,14 @@ def check_features(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> 
         shape = tuple(found[key]["shape"]) if key in found else None
         if shape != tuple(feature.shape):
             there = "is missing in" if shape is None else f"has {shape[0]} dimensions in"
-            raise CheckError(
+            raise UserError(
                 f"{key} {there} {metadata.repo_id}, the policy has {feature.shape[0]}: the policy was not trained on "
                 "data of this kind"
             )
 
 
 def load_episodes(
-    metadata: LeRobotDatasetMetadata, root: Path | None, config: OFPConfig, episodes: list[int]
+    metadata: LeRobotDatasetMetadata, root: Path | None, config: PreTrainedConfig, episodes: list[int]
 ) -> LeRobotDataset:
     """Items hold the policy's action chunk and `action_is_pad`."""
     try:
@@ -183,7 +151,7 @@ def load_episodes(
             delta_timestamps=resolve_delta_timestamps(config, metadata),
         )
     except (OSError, ValueError, HTTPError) as error:
-        raise CheckError(f"episodes of {metadata.repo_id} cannot be loaded: {error}") from error
+        raise UserError(f"episodes of {metadata.repo_id} cannot be loaded: {error}") from error
 
 
 def action_names(metadata: LeRobotDatasetMetadata) -> list[str]:

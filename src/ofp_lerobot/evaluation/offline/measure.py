@@ -5,11 +5,10 @@ h chunk length, a action dimensions. Normalised units are the policy's. "one", "
 evaluations of a chunk; "one_warm" and "two_warm" start from the previous chunk's rest.
 """
 
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,14 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
-from ...devices import synchronise
+from ...errors import UserError
 from ...flow_map.path import sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
+from ...inference.policies import ServedPolicy
+from ...inference.sampling import Sampling
 from ...policies.normalisation import far_dimensions
-from .errors import CheckError
-from .inputs import Checkpoint
+from ..statistics import bootstrap_interval
+from ..timing import milliseconds
 
 PAPERS_WARM_START = 0.15  # arXiv 2603.12480
 MIN_EPISODES = 8  # the bootstrap draws episodes from this many on, frames below
@@ -33,14 +34,7 @@ WARM_UP_CALLS = 3
 NOW, NEXT = 0, 1  # streams of noise
 
 
-class Way(NamedTuple):
-    """How a chunk is sampled."""
-
-    steps: int
-    sampler: str  # as flow_map.path.sample_chunk's
-
-
-WAYS = {"one": Way(1, "flow_map"), "two": Way(2, "flow_map"), "ten": Way(10, "euler")}
+WAYS = {"one": Sampling.plain("flow_map", 1), "two": Sampling.plain("flow_map", 2), "ten": Sampling.plain("euler", 10)}
 FEW = ("one", "two")
 
 
@@ -83,7 +77,7 @@ def draw_noise(shape: tuple[int, ...], seed: int, stream: int, position: int) ->
 
 
 def collect(
-    checkpoint: Checkpoint,
+    checkpoint: ServedPolicy,
     dataset: LeRobotDataset,
     *,
     frames: int,
@@ -98,11 +92,12 @@ def collect(
     """
     config = checkpoint.policy.config
     executed = config.n_action_steps
+    relative = getattr(config, "use_relative_actions", False)
     columns = dataset.hf_dataset.data
     episodes = columns.column("episode_index").to_numpy()
     absolute = columns.column("index").to_numpy()
     chosen = spread_evenly(len(episodes), frames)
-    warm = executed < config.chunk_size and not config.use_relative_actions
+    warm = executed < config.chunk_size and not relative
     shape = (draws, config.chunk_size, config.max_action_dim)
 
     def noise(positions: np.ndarray, stream: int) -> Tensor:
@@ -142,7 +137,7 @@ def load_items(dataset: LeRobotDataset, positions: Iterable[int]) -> dict[str, A
 
 @torch.no_grad()
 def _chunks(
-    checkpoint: Checkpoint,
+    checkpoint: ServedPolicy,
     dataset: LeRobotDataset,
     positions: np.ndarray,
     noise: Tensor,
@@ -154,19 +149,19 @@ def _chunks(
     try:
         batch = checkpoint.preprocessor(items)
     except (ValueError, KeyError) as error:
-        raise CheckError(f"the checkpoint's preprocessor cannot take this data: {error}") from error
+        raise UserError(f"the checkpoint's preprocessor cannot take this data: {error}") from error
     target = batch[ACTION].float().cpu()
     state = batch.get(OBS_STATE, target.new_zeros(len(target), 0)).float().cpu()
     if not (torch.isfinite(target).all() and torch.isfinite(state).all()):
-        raise CheckError(
+        raise UserError(
             "the dataset has NaN or infinite values in its actions or states: mend the data, or choose other --episodes"
         )
     try:
         sampled = sample(checkpoint.policy, batch, noise, rests or {}, fraction)
     except ValueError as error:
-        raise CheckError(error) from error
+        raise UserError(error) from error
     if not all(torch.isfinite(x).all() for x in sampled.values()):
-        raise CheckError("the policy answered NaN or infinite actions: check the checkpoint")
+        raise UserError("the policy answered NaN or infinite actions: check the checkpoint")
     # The postprocessor may add the state that the preprocessor has just seen, one row per observation.
     post = checkpoint.postprocessor
     real = {way: torch.stack([post(x).float() for x in draws.unbind(1)], dim=1) for way, draws in sampled.items()}
@@ -194,10 +189,12 @@ def sample(
     size = policy.config.output_features[ACTION].shape[0]
     prefix = policy.model.encode(*policy._prepare_observation(batch))
     velocity = partial(policy.model, prefix)
-    start = noise.transpose(0, 1).flatten(0, 1).to(prefix.mask.device)
+    start = noise.transpose(0, 1).flatten(0, 1).to(next(policy.parameters()).device)
 
-    def draws(x: Tensor, t: float, way: Way) -> Tensor:
-        actions = sample_chunk(velocity, x, steps=way.steps, sampler=way.sampler, start=t)[..., :size]
+    def draws(x: Tensor, t: float, way: Sampling) -> Tensor:
+        actions = sample_chunk(velocity, x, steps=way.steps or 1, sampler=way.sampler or "flow_map", start=t)[
+            ..., :size
+        ]
         return actions.unflatten(0, (k, b)).transpose(0, 1).float().cpu()
 
     chunks = {name: draws(start, 1.0, way) for name, way in WAYS.items()}
@@ -238,6 +235,44 @@ def variance(sampled: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return step_mean(sampled.astype(np.float64).var(axis=1, ddof=1), valid)
 
 
+def log_nearest(sampled: np.ndarray, reference: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Logarithm of the root mean square distance of samples (f, k, h, a) to the nearest of `reference`: (f,).
+
+    Of another draw, because the same one began from the same noise. The logarithm, because a way that one draw alone
+    took is far from all others, and would outweigh them.
+    """
+    weight = valid / np.maximum(valid.sum(axis=1, keepdims=True), 1) / sampled.shape[-1]
+    gaps = sampled[:, :, None].astype(np.float64) - reference[:, None]
+    squares = np.einsum("fijha,fh->fij", gaps**2, weight)
+    squares[:, np.arange(sampled.shape[1]), np.arange(sampled.shape[1])] = np.inf
+    return 0.5 * np.log(np.maximum(squares.min(axis=2), 1e-30)).mean(axis=1)
+
+
+def sharpness(
+    few: np.ndarray, ten: np.ndarray, target: np.ndarray, valid: np.ndarray, groups: np.ndarray, seed: int
+) -> dict[str, dict[str, float]]:
+    """Whether answers (f, k, h, a) vary as demonstrations do, and lie where ten steps' do; ratios with intervals.
+
+    spread: of the answers, over the demonstrations' around the answers' mean. An answer and a demonstration of one
+    observation are independent, so E‖answer − demonstration‖² = spread² + that². It is 1 for answers of the
+    demonstrations' own law and 0 for their mean; above 1 the answers vary more, whatever their mean.
+    nearest: distance to the nearest of ten steps' answers, over the same among these. It is 1 for answers of the same
+    law, less for narrower ones around the same ways, more for answers between the ways.
+    """
+    varies = variance(few, valid)
+    around = square_error(few, target, valid) - varies
+    further = log_nearest(few, ten, valid) - log_nearest(ten, ten, valid)
+    _, group = np.unique(groups, return_inverse=True)
+    sums = np.stack([np.bincount(group, weights=further), np.bincount(group)])
+    drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
+    means, counts = sums[:, drawn].sum(axis=2)
+    low, high = np.exp(np.quantile(means / counts, (0.025, 0.975)))
+    return {
+        "spread": ratio_interval(varies, around, groups, seed),
+        "nearest": {"value": float(np.exp(further.mean())), "low": float(low), "high": float(high)},
+    }
+
+
 def root(squares: np.ndarray) -> float:
     """Root of the mean over frames."""
     return float(np.sqrt(squares.mean()))
@@ -246,12 +281,14 @@ def root(squares: np.ndarray) -> float:
 def ratio_interval(over: np.ndarray, under: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
     """Ratio of two root mean squares and its 95 % interval, by a paired bootstrap over the groups of frames."""
     _, group = np.unique(groups, return_inverse=True)
-    sums = np.stack([np.bincount(group, weights=x) for x in (over, under)])
-    drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
-    tops, bottoms = sums[:, drawn].sum(axis=2)
-    low, high = np.quantile(np.sqrt(tops / np.maximum(bottoms, 1e-30)), (0.025, 0.975))
+    sums: list[Any] = [np.bincount(group, weights=x) for x in (over, under)]
+
+    def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+        return np.sqrt(top.sum(axis=1) / np.maximum(bottom.sum(axis=1), 1e-30))
+
+    low, high = bootstrap_interval(ratio, *sums, resamples=RESAMPLES, seed=seed)
     value = np.sqrt(over.sum() / max(under.sum(), 1e-30))
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return {"value": float(value), "low": low, "high": high}
 
 
 def per_dimension(chunks: Chunks) -> dict[str, list[float]]:
@@ -338,6 +375,7 @@ def summarise(collected: Collected, *, executed: int, seed: int) -> dict[str, An
             }
             for way in FEW
         },
+        "sharpness": sharpness(now.sampled["one"], ten, now.target, now.valid, groups, seed),
         "bootstrap": {"unit": "episodes" if by_episode else "frames", "count": len(np.unique(groups))},
         "error_by_step": {way: _by_step(x, now) for way, x in now.sampled.items()},
         "successive": None if later is None else _successive(collected, executed),
@@ -380,7 +418,7 @@ def _successive(collected: Collected, executed: int) -> dict[str, Any]:
 # Latency
 
 
-def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed: int) -> dict[str, Any] | None:
+def latency(checkpoint: ServedPolicy, dataset: LeRobotDataset, *, calls: int, seed: int) -> dict[str, Any] | None:
     """Median and 95th percentile of `predict_action_chunk` in ms, one observation, interleaved; None without calls.
 
     From a preprocessed observation on the device to actions that are there, without pre- and postprocessing.
@@ -391,19 +429,15 @@ def latency(checkpoint: Checkpoint, dataset: LeRobotDataset, *, calls: int, seed
     batch = checkpoint.preprocessor(load_items(dataset, [0]))
     device = next(policy.parameters()).device
     noise = draw_noise((1, policy.config.chunk_size, policy.config.max_action_dim), seed, NOW, 0).to(device)
-    before = (policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples)
-    policy.config.test_time_samples = 1  # as everything else that is measured here
+    before = replace(checkpoint.sampling, engine=None)  # which nothing here changes
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):
         for name, way in WAYS.items():
-            policy.config.num_inference_steps, policy.config.sampler = way
-            synchronise(device)
-            start = time.perf_counter()
-            policy.predict_action_chunk(batch, noise=noise)
-            synchronise(device)
+            way.apply(policy.config)
+            taken = milliseconds(lambda: policy.predict_action_chunk(batch, noise=noise), device)
             if call >= WARM_UP_CALLS:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    policy.config.num_inference_steps, policy.config.sampler, policy.config.test_time_samples = before
+                times[name].append(taken)
+    before.apply(policy.config)
     return {
         name: {"median": float(np.median(x)), "p95": float(np.percentile(x, 95)), "calls": calls}
         for name, x in times.items()

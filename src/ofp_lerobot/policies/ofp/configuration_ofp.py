@@ -8,9 +8,9 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION
 
 from ...compat import LaterSettings, dtype_name, refuse_foreign_settings
-from ...errors import choice
+from ...errors import choice, within
 from ...objectives import OBJECTIVES
-from ..configuration import FlowMapConfig, within
+from ..configuration import FlowMapConfig
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 PALIGEMMA_VOCABULARY = 257152

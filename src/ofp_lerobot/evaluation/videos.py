@@ -11,8 +11,9 @@ FRAMES_PER_SECOND = 20
 
 def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     """frames: (h, w, 3) each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     from lerobot.utils.io_utils import write_video
+
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     write_video(path, list(frames), FRAMES_PER_SECOND)
 

@@ -1,40 +1,27 @@
-"""What a comparison consists of: policies, and episodes that each of them plays."""
+"""The policies of a comparison, from flags or a YAML file."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, Self
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from ...errors import UserError
-from .results import Chunk, Key
-
-if TYPE_CHECKING:
-    from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
+from ...inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class PolicySpec:
-    """A checkpoint and how it answers; None is the checkpoint's own setting.
+class PolicySpec(Sampling):
+    """A checkpoint and how it answers.
 
-    steps: network evaluations per chunk; samples: of which one is answered; temperature: factor of the noise; horizon:
-    actions executed of each chunk; engine: the fast path of `ofp`; rename_map: LeRobot's.
+    horizon: actions executed of each chunk, None is the checkpoint's own setting; rename_map: LeRobot's.
     """
 
     name: str
     path: str
-    steps: int | None = None
-    sampler: str | None = None
-    warm_start: float | None = None
-    samples: int | None = None
-    temperature: float | None = None
     horizon: int | None = None
-    engine: bool | None = None
     rename_map: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -92,51 +79,3 @@ def read_policies(path: Path) -> list[PolicySpec]:
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise UserError(f"{path} must be a list of policies with name and path")
     return [PolicySpec.parse(each) for each in listed]
-
-
-class Start(NamedTuple):
-    """Where an episode begins. instruction None: the task's own, or still to be found."""
-
-    task: str
-    condition: str
-    seed: int
-    instruction: str | None = None
-
-    def key(self, policy: str) -> Key:
-        return Key(policy, self.task, self.condition, self.seed)
-
-
-def read_starts(path: Path) -> list[Start]:
-    """A frozen list: JSON lines of task, condition, seed, instruction. Raises UserError."""
-    try:
-        starts = [Start(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no list of task, condition, seed and instruction: {error}") from error
-    if len({start[:3] for start in starts}) != len(starts):
-        raise UserError(f"{path} lists an episode twice")
-    return starts
-
-
-class Outcome(NamedTuple):
-    """How an episode went. frames: (h, w, 3) uint8, empty unless they were asked for."""
-
-    success: bool
-    steps: int
-    instruction: str
-    chunks: list[Chunk]
-    frames: list[NDArray[np.uint8]]
-
-
-class Harness(Protocol):
-    """Where episodes are played, in one process."""
-
-    def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
-        """Reports `count` starts, from seed `first` on, that the task's expert solves where there is one."""
-
-    def play(
-        self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
-    ) -> Outcome:
-        """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy."""
-
-    def close(self) -> None:
-        """Lets go of environments and policies; the next episode opens them again."""

@@ -1,0 +1,84 @@
+"""From a fine-tuned π₀.₅ to the `ofp` checkpoint that training to one step starts from."""
+
+import json
+from pathlib import Path
+
+from lerobot.utils.constants import ACTION
+from safetensors.torch import save_file
+
+from ..checkpoints.reader import resolve_source
+from ..errors import UserError
+from ..policies.ofp import weights
+from ..policies.ofp.text import TextExtentProcessorStep
+from . import openpi_layout as openpi
+from .configurations import read_config, save_config
+from .convert import silent_branch
+from .directories import refuse_existing, whole_directory
+from .processors import PREPROCESSOR, read_processors
+
+_TOKENIZER = "tokenizer_processor"
+
+
+def convert_from_pi05(source: str | Path, target: Path, *, dry_run: bool = False, overwrite: bool = False) -> list[str]:
+    """Writes an `ofp` checkpoint that is this `pi05` one: weights, settings, processors and their tokenizer.
+
+    The target-time branch is added, silent: ten Euler steps give the π₀.₅'s actions until it is trained. What
+    `lerobot-train --policy.path=<target>` is not told it takes from there.
+
+    Args:
+        source: a directory, a training step's directory, or a Hub id.
+        dry_run: check and tell, write nothing.
+        overwrite: replace an earlier conversion or export.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: where this is not a whole `pi05` checkpoint, or something would be lost.
+    """
+    source = resolve_source(str(source))
+    refuse_existing(target, overwrite=overwrite, source=source)
+    config, kind = read_config(source)
+    if kind != "pi05":
+        raise UserError(f"{source} is of type {kind!r} already: train it with --policy.path={source}")
+    if config.use_peft:
+        raise UserError(f"{source} is a LoRA adapter of a 'pi05' policy: merge it into its base first")
+    try:
+        state = weights.load_state_dict(source)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(error) from error
+    network = {name.removeprefix(weights.PREFIX): weight for name, weight in state.items()}
+    config.vocabulary_size = openpi.sizes(network)[2]  # `pi05` configurations do not say
+    openpi.refuse_differences(network, openpi.shapes(config), Path(source))
+    config.sampler, config.num_inference_steps = "flow_map", 1
+    config.base_model = None if Path(source).is_dir() else str(source)
+    config.push_to_hub, config.repo_id = False, None
+    processors = read_processors(source, config.output_features[ACTION].shape[0], for_openpi=False)
+    steps = list(processors.preprocessor["steps"])
+    names = [step.get("registry_name") for step in steps]
+    if _TOKENIZER not in names:
+        raise UserError(f"{PREPROCESSOR} of {source} has no {_TOKENIZER}: it is not a π₀.₅'s")
+    extent = {"registry_name": TextExtentProcessorStep._registry_name, "config": {}}  # type: ignore[attr-defined]
+    steps.insert(names.index(_TOKENIZER) + 1, extent)
+    told = [
+        f"weights     {len(state)} tensors as they are, and a silent target-time branch",
+        f"settings    the checkpoint's: chunks of {config.chunk_size}, {config.n_action_steps} executed, "
+        f"dtype {config.dtype}",
+        f"processors  the checkpoint's, tokenizer {steps[names.index(_TOKENIZER)]['config'].get('tokenizer_name')}",
+        "note        acts in one step, as config.json says: train it first, or give --policy.sampler=euler "
+        "--policy.num_inference_steps=10",
+    ]
+    if dry_run:
+        return [*told, f"dry run     nothing written; would write {target}"]
+    with whole_directory(target, overwrite=overwrite) as directory:
+        named = {name: weight.clone().contiguous() for name, weight in (state | silent_branch(state)).items()}
+        save_file(named, directory / openpi.WEIGHTS, metadata={"format": "pt"})
+        save_config(config, directory)
+        processors.write(directory)
+        (directory / PREPROCESSOR).write_text(json.dumps({**processors.preprocessor, "steps": steps}, indent=2) + "\n")
+    return [
+        *told,
+        f"written     {target}",
+        f'next        lerobot-train --config_path="$(ofp-recipe one_step)" --policy.path={target} '
+        "--dataset.repo_id=<its data> --output_dir=outputs/train/one_step",
+    ]
