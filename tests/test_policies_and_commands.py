@@ -3,7 +3,9 @@
 import json
 import shutil
 from contextlib import nullcontext
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from ofp_lerobot.evaluation.closed_loop import report, workers
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.episodes import Outcome
 from ofp_lerobot.evaluation.rollout import MeasuredSession, roll_out
+from ofp_lerobot.inference import policies
 from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.interop import command as interop
+from ofp_lerobot.policies.ofp import configuration_ofp, network
 from tests import runs, small
 
 TYPES = ("ofp", "ofp_unet", "pi05")
@@ -145,3 +149,37 @@ def test_what_is_refused(command, kind, checkpoints, tmp_path, capsys):
     run = interop.export if command == "ofp-export" else interop.convert
     assert run([*arguments, f"--output={tmp_path / 'out'}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_stock_pi05_answers_alike_by_our_engine(checkpoints, monkeypatch):
+    """Ten steps, from the same noise; LeRobot's own code answers where nobody asks for the engine on a CPU."""
+    tiny = configuration_ofp.SMALL_GEMMA["gemma_tiny"]
+    monkeypatch.setattr(network, "get_gemma_config", lambda _: tiny)  # π₀.₅'s own size names mean small networks
+    monkeypatch.setitem(network.SMALL_SIGLIP, "siglip_so400m", network.SMALL_SIGLIP["siglip_tiny"])
+    monkeypatch.setattr(
+        configuration_ofp.OFPConfig, "__init__", partialmethod(_small_vocabulary, configuration_ofp.OFPConfig.__init__)
+    )
+    path = str(checkpoints["pi05"])
+    with stock_sizes("pi05"):
+        stock = Runner.load(path, device="cpu")
+    fast = Runner.load(path, device="cpu", inference_engine=True)
+    assert (type(stock.served.policy).__name__, type(fast.served.policy).__name__) == ("PI05Policy", "OFPPolicy")
+    sampling = fast.served.sampling
+    assert (sampling.engine, sampling.sampler, sampling.steps) == (True, "euler", 10)
+    for seed in range(3):
+        answers = [runner.session(seed=seed).infer(observation(seed)).actions for runner in (stock, fast)]
+        assert np.abs(answers[0] - answers[1]).max() <= 1e-4 * np.abs(answers[0]).max()
+
+
+def _small_vocabulary(config, init, **settings):
+    init(config, **{"vocabulary_size": small.VOCABULARY, **settings})
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cuda", None, True), ("cuda:1", None, True), ("cuda", False, False), ("cpu", None, False), ("cpu", True, True)],
+)
+def test_where_stock_pi05_takes_the_engine(device, asked, expected):
+    config = SimpleNamespace(device=device, use_peft=False, compile_model=False)
+    assert policies._takes_engine(config, asked) is expected
+    assert not policies._takes_engine(SimpleNamespace(device=device, use_peft=True, compile_model=False), asked)

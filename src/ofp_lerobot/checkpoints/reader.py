@@ -94,12 +94,11 @@ def load_config(
         raise UserError(f"{source} is no LeRobot checkpoint (it has no type in {CONFIG_NAME}), {known} are understood")
     if kind not in types:
         raise UserError(f"{source} is a {kind!r} checkpoint: policies of type {kind!r} are not understood, {known} are")
-    config_class = TYPES[kind]
+    config_class = OFPConfig if as_ofp and kind == "pi05" else TYPES[kind]
     changes = {name: value for name, value in changes.items() if value is not None}
     if unknown := sorted(changes.keys() - config_class.__dataclass_fields__.keys()):
         raise UserError(f"{', '.join(unknown)}: the {kind!r} checkpoint {source} has no such setting")
     if kind == "pi05" and as_ofp:
-        config_class = OFPConfig
         weights.warn_of_unknown(OFPConfig, raw, source)
         raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
         raw["tokenizer_max_length"] = None  # the checkpoint's processors know it

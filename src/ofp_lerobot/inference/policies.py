@@ -120,6 +120,13 @@ def _as_lerobot(image: Tensor) -> Tensor:
     return channels_first.contiguous().float() / 255
 
 
+def _takes_engine(config: Any, engine: bool | None) -> bool:
+    """Whether a stock π₀.₅ answers by our engine, as many Euler steps as it says: asked for, or on a GPU unasked."""
+    if config.use_peft:
+        return False
+    return str(config.device).startswith("cuda") and not config.compile_model if engine is None else engine
+
+
 def load_policy(
     checkpoint: str | Path,
     *,
@@ -137,12 +144,23 @@ def load_policy(
         as_ofp: a `pi05` checkpoint answers by our code, with all samplers.
         rename_map: of observations, LeRobot's; by default they come in the policy's names. None is the checkpoint's.
         changes: fields of its configuration, for example num_inference_steps or sampler; None leaves a field as it is.
+            inference_engine is known to `pi05` too: on a GPU it then answers by our fast path, the same steps.
 
     Raises:
         UserError: where it cannot be loaded, or a field is unknown to it or out of range.
     """
-    source = resolve_source(str(checkpoint))
-    config, kind = load_config(source, device=resolve_device(device), as_ofp=as_ofp, **changes)
+    source, device, engine = (
+        resolve_source(str(checkpoint)),
+        resolve_device(device),
+        changes.pop("inference_engine", None),
+    )
+    config, kind = load_config(source, device=device, as_ofp=as_ofp, **changes)
+    if kind == "pi05" and not as_ofp:
+        if _takes_engine(config, engine):
+            changes |= {"sampler": "euler", "inference_engine": True}
+            config, _ = load_config(source, device=device, as_ofp=True, **changes)
+    elif engine is not None:
+        config, _ = load_config(source, device=device, as_ofp=as_ofp, inference_engine=engine, **changes)
     processors = load_processors(source, config, rename_map)
     try:
         policy = read_policy(source, config)

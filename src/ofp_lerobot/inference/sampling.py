@@ -33,7 +33,7 @@ class Sampling:
         warm_start: share of the last chunk's unexecuted actions in the start of the next one, 0 is off.
         samples: chunks drawn for an answer, which is the one in the densest place.
         temperature: factor of the noise that a chunk starts from.
-        engine: whether `ofp` answers by its fast path.
+        engine: whether `ofp` and `pi05` answer by our fast path.
     """
 
     steps: int | None = None
@@ -53,14 +53,10 @@ class Sampling:
     @classmethod
     def of(cls, config: "PreTrainedConfig") -> "Sampling":
         """How a policy with this configuration answers, nothing left open. What it has no setting for, π₀.₅ has not."""
-        without: dict[str, Any] = {
-            "sampler": "euler",
-            "warm_start": 0.0,
-            "samples": 1,
-            "temperature": 1.0,
-            "engine": False,
+        found: dict[str, Any] = {
+            name: getattr(config, setting, _WITHOUT.get(name)) for name, setting in SETTINGS.items()
         }
-        return Sampling(**{name: getattr(config, setting, without.get(name)) for name, setting in SETTINGS.items()})
+        return Sampling(**{**found, "engine": getattr(config, "uses_engine", False)})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -100,7 +96,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="factor of the noise that a chunk starts from; not of `pi05`",
     )
     group.add_argument(
-        "--inference-engine", action=argparse.BooleanOptionalAction, help="the fast path of `ofp`, on a GPU the default"
+        "--inference-engine",
+        action=argparse.BooleanOptionalAction,
+        help="the fast path of `ofp` and `pi05`, on a GPU the default",
     )
 
 
