@@ -69,7 +69,7 @@ def resolve_source(name: str) -> str | Path:
 
 
 def load_config(
-    source: str | Path, *, device: str, types: Sequence[str] = tuple(TYPES), as_ofp: bool = False, **changes: Any
+    source: str | Path, device: str, *, types: Sequence[str] = tuple(TYPES), as_ofp: bool = False, **changes: Any
 ) -> tuple[PreTrainedConfig, str]:
     """The checkpoint's configuration to act with, and its type.
 
