@@ -16,13 +16,13 @@ quickstart: $(VENV)/.ready-test
 	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint
-	@echo "All tests: about half an hour on 2 cores, dots by the minute. make test-fast is a few minutes."
-	$(BIN)/python -m pytest
+	@echo "All tests: about a quarter of an hour on 2 cores. make test-fast takes a few minutes."
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without whole commands, LeRobot's scripts and simulators.
 test-fast: $(VENV)/.ready-test
 	@echo "The fast tests: a few minutes on 2 cores."
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
