@@ -119,7 +119,12 @@ def _task(value: Any) -> str:
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """A batch for `ServedPolicy.preprocess`, of samples whose `shapes` agree."""
     return {
-        **{key: torch.stack([sample.images[key] for sample in samples]) for key in samples[0].images},
+        **{key: _stack([sample.images[key] for sample in samples]) for key in samples[0].images},
         **{key: torch.stack([sample.states[key] for sample in samples]) for key in samples[0].states},
         TASK: [sample.task for sample in samples],
     }
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """One robot's images are not copied."""
+    return images[0][None] if len(images) == 1 else torch.stack(images)

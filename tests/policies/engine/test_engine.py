@@ -13,6 +13,7 @@ import torch.nn.utils.prune
 from safetensors.torch import load_file
 
 from ofp_lerobot.policies.ofp.engine import engine
+from ofp_lerobot.policies.ofp.engine.operations import Fused, Plain
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
 
@@ -419,3 +420,43 @@ def test_compiled_it_is_one_whole_graph_and_answers_alike(plain, monkeypatch):
 @pytest.mark.skipif("OFP_TEST_INDUCTOR" not in os.environ, reason="gcc compiles for a minute: set OFP_TEST_INDUCTOR=1")
 def test_compiled_by_inductor_it_answers_alike(plain):
     assert_compiled_answers_alike(plain)
+
+
+def test_without_triton_pytorchs_kernels_serve_and_it_is_said(monkeypatch, caplog):
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(engine, "Fused", missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(engine.fastest(torch.device("cuda")), Plain)
+    assert "Triton is missing" in caplog.text
+
+
+def test_older_gpus_and_cpus_run_pytorchs_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert isinstance(engine.fastest(torch.device("cuda")), Plain)
+    assert isinstance(engine.fastest(torch.device("cpu")), Plain)
+
+
+def test_the_fused_program_answers_as_the_plain_path(plain, fast, monkeypatch):
+    """On Triton's interpreter, in float32; on a GPU `test_gpu.py` asks the same of graphs."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(engine, "fastest", lambda device: Fused())
+    for text, b in ((small.TEXT, 1), (4, 2)):
+        batch = small.batch(b, text=text, seed=text)
+        observation, noise = fast._observe(batch), noise_for(batch)
+        weights = fast._engine._current_weights(torch.device("cpu"))
+        for padding in ("right", "anywhere"):
+            run = fast._engine._program(weights, padding, instantaneous=False)
+            with torch.no_grad():
+                actual = run(*observation[:3], noise, torch.tensor([1.0, 0.0]))
+                assert_same(actual, plain._sample(observation, noise, 1.0))
+
+
+def test_8_bits_are_refused_where_nothing_multiplies_them(plain):
+    fast = fast_copy(plain, inference_precision="fp8")
+    with pytest.raises(ValueError, match="inference_precision=full"):
+        fast.predict_action_chunk(small.batch(1))
+    with pytest.raises(ValueError, match="inference_engine=true"):
+        small.ofp_config(inference_precision="fp8", inference_engine=False)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from ofp_lerobot.policies.ofp.engine.operations import Fused, Norm, Plain, Rotation, Seen, quantise, scaled_linear
+from ofp_lerobot.policies.ofp.engine.operations import (
+    Delta,
+    Fused,
+    Norm,
+    Plain,
+    Rotation,
+    Seen,
+    quantise,
+    scaled_linear,
+)
 
 pytest.importorskip("triton")
 
@@ -38,20 +47,20 @@ def norms(width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [72, 128])
-@pytest.mark.parametrize(("moved", "gated"), [(False, False), (True, False), (True, True)])
-def test_residual_sums_and_norms(fused, dtype, width, moved, gated):
+@pytest.mark.parametrize("moved", ["", "value", "value bias", "value gate", "value bias gate"])
+def test_residual_sums_and_norms(fused, dtype, width, moved):
     for norm in norms(width, dtype):
         hidden = draw(2, 5, width, dtype=dtype)
-        delta = draw(2, 5, width, dtype=dtype) if moved else None
-        gate = draw(width) if gated else None
-        expected, actual = (o.add_norm(hidden, delta, gate, norm, dtype) for o in (Plain(), fused))
+        parts = {"value": draw(2, 5, width, dtype=dtype), "bias": draw(width, dtype=dtype), "gate": draw(width)}
+        delta = Delta(**{name: parts[name] for name in moved.split()}) if moved else None
+        expected, actual = (o.add_norm(hidden, delta, norm, dtype) for o in (Plain(), fused))
         for one, other in zip(actual, expected, strict=True):
             assert_same(one, other, TOLERANCE[dtype])
 
 
 def test_a_float32_stream_is_normed_into_bfloat16(fused):
     norm = norms(128, torch.float32)[1]
-    arguments = draw(2, 5, 128), draw(2, 5, 128, dtype=torch.bfloat16), None, norm, torch.bfloat16
+    arguments = draw(2, 5, 128), Delta(draw(2, 5, 128, dtype=torch.bfloat16)), norm, torch.bfloat16
     expected, actual = (o.add_norm(*arguments) for o in (Plain(), fused))
     assert_same(actual[0], expected[0], 1e-6)
     assert_same(actual[1], expected[1], TOLERANCE[torch.bfloat16])
@@ -109,10 +118,10 @@ ROUNDING = 0.04 if DEVICE == "cuda" else 0.08  # 8 bits round by up to 1/16, cut
 
 
 def test_norms_and_gates_in_8_bits(fused):
-    hidden, delta, norm = draw(2, 5, 128), draw(2, 5, 128), norms(128, torch.float32)[0]
-    hidden[0, 0] = delta[0, 0] = 0  # a row of zeros has a scale too
-    expected = Plain().add_norm(hidden, delta, None, norm, torch.float32)
-    out, quantised = fused.add_norm_fp8(hidden, delta, None, norm)
+    hidden, delta, norm = draw(2, 5, 128), Delta(draw(2, 5, 128)), norms(128, torch.float32)[0]
+    hidden[0, 0] = delta.value[0, 0] = 0  # a row of zeros has a scale too
+    expected = Plain().add_norm(hidden, delta, norm, torch.float32)
+    out, quantised = fused.add_norm_fp8(hidden, delta, norm)
     assert_same(out, expected[0], 1e-6)
     assert_same(quantised.values.float() * quantised.scale, expected[1].flatten(0, 1), ROUNDING)
     gate_up = draw(2, 3, 2 * 1500)

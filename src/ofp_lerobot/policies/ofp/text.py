@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.processor import EnvTransition, ProcessorStep, ProcessorStepRegistry, TransitionKey
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
@@ -22,10 +22,10 @@ class TextExtent(NamedTuple):
 
 def text_extent(tokens: Tensor, mask: Tensor) -> TextExtent:
     """mask (b, text) bool, False at padding, which is on the right or anywhere. Waits for the tensors' device."""
-    place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    last = (mask * place).amax(dim=1)
-    whole = torch.where(mask.sum(dim=1) == last, last, 0)  # rows with gaps have padding from their start
-    shortest, longest, largest = torch.stack([whole.min(), last.max(), tokens.max()]).tolist()
+    seen = mask.cpu().numpy()  # a few numbers: NumPy takes a tenth of PyTorch's time
+    last = (seen * np.arange(1, seen.shape[1] + 1)).max(axis=1)
+    whole = np.where(seen.sum(axis=1) == last, last, 0)  # rows with gaps have padding from their start
+    shortest, longest, largest = int(whole.min()), int(last.max()), int(tokens.max())
     return TextExtent(tuple(tokens.shape), shortest, max(longest, 1), largest)
 
 

@@ -13,10 +13,10 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def add_norm(
-    hidden, delta, gate, scale, shift, out, normed, row_scale,
+    hidden, delta, bias, gate, scale, shift, out, normed, row_scale,
     width, eps, offset,
-    HAS_DELTA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SHIFT: tl.constexpr, CENTRED: tl.constexpr,
-    FP8: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    CENTRED: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -25,6 +25,8 @@ def add_norm(
     x = tl.load(hidden + at, inside, 0.0).to(tl.float32)
     if HAS_DELTA:
         d = tl.load(delta + at, inside, 0.0).to(tl.float32)
+        if HAS_BIAS:
+            d += tl.load(bias + column, inside, 0.0).to(tl.float32)
         if HAS_GATE:
             d *= tl.load(gate + column, inside, 0.0).to(hidden.dtype.element_ty).to(tl.float32)
         x = (x + d).to(hidden.dtype.element_ty)

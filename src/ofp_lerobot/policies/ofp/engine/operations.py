@@ -32,6 +32,14 @@ class Norm(NamedTuple):
     centred: bool = False
 
 
+class Delta(NamedTuple):
+    """What a residual stream moves by: (value + bias)·gate, value (b, n, width), bias and gate (width,)."""
+
+    value: Tensor
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+
+
 class Rotation(NamedTuple):
     """Of rotary positions: (b, n, d)."""
 
@@ -59,7 +67,9 @@ class Quantised(NamedTuple):
 def scaled_linear(x: Quantised, weight: Quantised, dtype: torch.dtype) -> Tensor:
     """x @ weight.T in `dtype` (m, n), weight (n, width) quantised by its rows."""
     if x.values.device.type == "cuda":
-        return torch._scaled_mm(x.values, weight.values.t(), x.scale, weight.scale.t(), out_dtype=dtype)
+        return torch._scaled_mm(
+            x.values, weight.values.t(), x.scale, weight.scale.t(), out_dtype=dtype, use_fast_accum=True
+        )
     return ((x.values.float() * x.scale) @ (weight.values.float() * weight.scale).t()).to(dtype)
 
 
@@ -80,13 +90,8 @@ class Operations(Protocol):
         """Work that may run beside what follows; what it gives waits for it, and is called before its results' use."""
         ...
 
-    def add_norm(
-        self, hidden: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """hidden + delta·gate, and its norm in `dtype`: both (b, n, width).
-
-        Without delta hidden stays. gate (width,).
-        """
+    def add_norm(self, hidden: Tensor, delta: Delta | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """hidden (b, n, width) moved by delta, and the norm of that in `dtype`. Without delta hidden stays."""
         ...
 
     def split_heads(
@@ -122,11 +127,10 @@ class Plain:
     def beside(self, device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: None
 
-    def add_norm(
-        self, hidden: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm(self, hidden: Tensor, delta: Delta | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if delta is not None:
-            hidden = hidden + delta if gate is None else torch.addcmul(hidden, delta, gate.to(hidden.dtype))
+            value = delta.value if delta.bias is None else delta.value + delta.bias.to(delta.value.dtype)
+            hidden = hidden + value if delta.gate is None else torch.addcmul(hidden, value, delta.gate.to(hidden.dtype))
         if norm.centred:
             return hidden, F.layer_norm(hidden, norm.scale.shape, norm.scale, norm.shift, norm.eps).to(dtype)
         scale = norm.scale.float() + norm.offset if norm.offset else norm.scale.float()
@@ -166,7 +170,6 @@ class Fused:
 
         self._kernels = kernels
         self._plain = Plain()
-        self.norm_warps = 4
 
     def attends_by_length(self, like: Tensor) -> bool:
         return like.dtype != torch.float32 or like.device.type == "cpu"  # a GPU would round products to tf32
@@ -182,21 +185,17 @@ class Fused:
         with torch.cuda.stream(branch):
             yield partial(stream.wait_stream, branch)
 
-    def add_norm(
-        self, hidden: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        out, normed, _ = self._add_norm(hidden, delta, gate, norm, dtype)
+    def add_norm(self, hidden: Tensor, delta: Delta | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out, normed, _ = self._add_norm(hidden, delta, norm, dtype)
         return out, normed
 
-    def add_norm_fp8(
-        self, hidden: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm
-    ) -> tuple[Tensor, Quantised]:
+    def add_norm_fp8(self, hidden: Tensor, delta: Delta | None, norm: Norm) -> tuple[Tensor, Quantised]:
         """As `add_norm`, the norm quantised by row: (b·n, width)."""
-        out, normed, scale = self._add_norm(hidden, delta, gate, norm, torch.float8_e4m3fn)
+        out, normed, scale = self._add_norm(hidden, delta, norm, torch.float8_e4m3fn)
         return out, Quantised(normed.flatten(0, -2), scale)
 
     def _add_norm(
-        self, hidden: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, dtype: torch.dtype
+        self, hidden: Tensor, delta: Delta | None, norm: Norm, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden = hidden.contiguous()
         width, rows = hidden.shape[-1], hidden.numel() // hidden.shape[-1]
@@ -204,12 +203,12 @@ class Fused:
         normed = torch.empty_like(hidden, dtype=dtype)
         fp8 = dtype == torch.float8_e4m3fn
         scale = torch.empty(rows, 1, device=hidden.device) if fp8 else normed
+        value, bias, gate = delta or Delta(hidden)
         self._kernels.add_norm[(rows,)](
-            hidden, hidden if delta is None else delta.contiguous(), hidden if gate is None else gate,
-            norm.scale, norm.scale if norm.shift is None else norm.shift, out, normed, scale,
-            width, norm.eps, norm.offset,
-            HAS_DELTA=delta is not None, HAS_GATE=gate is not None, HAS_SHIFT=norm.shift is not None,
-            CENTRED=norm.centred, FP8=fp8, BLOCK=_power_of_two(width), num_warps=self.norm_warps,
+            hidden, value.contiguous(), _or(bias, hidden), _or(gate, hidden), norm.scale, _or(norm.shift, norm.scale),
+            out, normed, scale, width, norm.eps, norm.offset,
+            HAS_DELTA=delta is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
+            HAS_SHIFT=norm.shift is not None, CENTRED=norm.centred, FP8=fp8, BLOCK=_power_of_two(width), num_warps=4,
         )  # fmt: skip
         return out, normed, scale
 
@@ -234,9 +233,10 @@ class Fused:
             return self._plain.attend(q, keys, values, seen, scaling)
         (b, heads, n, d), kv_heads = q.shape, keys.shape[1]
         group = heads // kv_heads
-        rows, block_m, block_n = group * n, 64, 64
+        rows = group * n
+        few = -(-rows // 64) * b * kv_heads < _FEW_BLOCKS
+        block_m, splits = (32, _SPLITS) if few else (64, 1)
         blocks = -(-rows // block_m)
-        splits = 1 if blocks * b * kv_heads >= _FEW_BLOCKS else _SPLITS
         out = q.new_empty(b, n, heads * d)
         if splits > 1:
             partial = torch.empty(b * kv_heads, splits, rows, d, device=q.device)
@@ -246,7 +246,7 @@ class Fused:
         self._kernels.attend[(blocks, splits, b * kv_heads)](
             q.contiguous(), keys, values, seen.lengths, out, partial, top, total,
             heads, n, scaling * self._kernels.LOG2_E, keys.stride(0), keys.stride(1), keys.stride(2),
-            GROUP=group, D=d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=4, num_stages=2,
+            GROUP=group, D=d, BLOCK_M=block_m, BLOCK_N=64, SPLITS=splits, num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             self._kernels.merge[(rows, b * kv_heads)](
@@ -279,6 +279,11 @@ class Fused:
 
 
 _FEW_BLOCKS, _SPLITS = 32, 8  # too few programs to fill a GPU: the keys are split among eight times as many
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's pointers point somewhere, read or not."""
+    return other if tensor is None else tensor
 
 
 def _power_of_two(n: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....flow_map.path import interval_step
 from ..images import prepare_images
 from ..network import OFPNetwork
-from .operations import Fused, Norm, Operations, Rotation, Seen, scaled_linear
+from .operations import Delta, Fused, Norm, Operations, Rotation, Seen, scaled_linear
 from .weights import Joined, Weights
 
 type Padding = Literal["none", "right", "anywhere"]
@@ -98,18 +98,28 @@ def _embed_images(network: OFPNetwork, weights: Weights, operations: Operations,
     tower, projector = network.vlm.vision_tower.vision_model, network.vlm.multi_modal_projector.linear
     stored = tower.post_layernorm.weight.dtype
     computed = network.compute_dtype if stored == torch.float32 else stored
-    hidden, delta = tower.embeddings(pixels).to(stored), None
+    hidden, delta = _embed_patches(tower.embeddings, pixels).to(stored), None
     for layer, joined in zip(tower.encoder.layers, weights.vision_qkv, strict=True):
         attention = layer.self_attn
-        hidden, normed = operations.add_norm(hidden, delta, None, _layer_norm(layer.layer_norm1), computed)
+        hidden, normed = operations.add_norm(hidden, delta, _layer_norm(layer.layer_norm1), computed)
         q, k, v = _linear(normed, joined).unflatten(-1, (3, -1, attention.head_dim)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, scale=attention.scale).transpose(1, 2).flatten(2)
-        delta = _linear(attended, attention.out_proj)
-        hidden, normed = operations.add_norm(hidden, delta, None, _layer_norm(layer.layer_norm2), computed)
-        delta = _linear(operations.linear_gelu(normed, *_cast(layer.mlp.fc1, computed)), layer.mlp.fc2)
+        delta = _without_bias(attended, attention.out_proj)
+        hidden, normed = operations.add_norm(hidden, delta, _layer_norm(layer.layer_norm2), computed)
+        delta = _without_bias(operations.linear_gelu(normed, *_cast(layer.mlp.fc1, computed)), layer.mlp.fc2)
     into = projector.weight.dtype
     into = network.compute_dtype if into == torch.float32 else into
-    return _linear(operations.add_norm(hidden, delta, None, _layer_norm(tower.post_layernorm), into)[1], projector)
+    return _linear(operations.add_norm(hidden, delta, _layer_norm(tower.post_layernorm), into)[1], projector)
+
+
+def _embed_patches(embeddings: Any, pixels: Tensor) -> Tensor:
+    """The tower's own: a convolution whose stride is its kernel's size, which is one product. (b, patches, width)"""
+    convolution = embeddings.patch_embedding
+    (height, width), dtype = convolution.kernel_size, convolution.weight.dtype
+    patches = pixels.to(dtype).unflatten(3, (-1, width)).unflatten(2, (-1, height))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    embedded = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+    return embedded + embeddings.position_embedding.weight
 
 
 def _encode(
@@ -126,20 +136,21 @@ def _encode(
     length, dtype, delta = hidden.shape[1], hidden.dtype, None
     for index, (layer, qkv, (keys, values)) in enumerate(zip(layers, weights.prefix_qkv, memory[:-1], strict=True)):
         attention = layer.self_attn
-        hidden, normed = operations.add_norm(hidden, delta, None, _rms_norm(layer.input_layernorm), dtype)
+        hidden, normed = operations.add_norm(hidden, delta, _rms_norm(layer.input_layernorm), dtype)
         q = operations.split_heads(_linear(normed, qkv), rotation, keys, values, 0, None)
         attended = operations.attend(q, keys[:, :, :length], values[:, :, :length], seen, attention.scaling)
-        delta, norm = attention.o_proj(attended), _rms_norm(layer.post_attention_layernorm)
+        delta, norm = Delta(attention.o_proj(attended)), _rms_norm(layer.post_attention_layernorm)
         if weights.fp8 is not None:
             assert isinstance(operations, Fused)
-            hidden, rows = operations.add_norm_fp8(hidden, delta, None, norm)
+            hidden, rows = operations.add_norm_fp8(hidden, delta, norm)
             gate_up = scaled_linear(rows, weights.fp8.gate_up[index], dtype)
-            delta = scaled_linear(operations.gated_gelu_fp8(gate_up), weights.fp8.down[index], dtype).view_as(hidden)
+            down = scaled_linear(operations.gated_gelu_fp8(gate_up), weights.fp8.down[index], dtype)
+            delta = Delta(down.view_as(hidden))
             continue
-        hidden, normed = operations.add_norm(hidden, delta, None, norm, dtype)
-        delta = layer.mlp.down_proj(operations.gated_gelu(_linear(normed, weights.prefix_gate_up[index])))
+        hidden, normed = operations.add_norm(hidden, delta, norm, dtype)
+        delta = Delta(layer.mlp.down_proj(operations.gated_gelu(_linear(normed, weights.prefix_gate_up[index]))))
     keys, values = memory[-1]
-    _, normed = operations.add_norm(hidden, delta, None, _rms_norm(last.input_layernorm), dtype)
+    _, normed = operations.add_norm(hidden, delta, _rms_norm(last.input_layernorm), dtype)
     operations.split_heads(_linear(normed, weights.prefix_kv), rotation, keys, values, 0, None)
 
 
@@ -159,20 +170,21 @@ def _evaluate(
     Its keys and values go into the memory's slots from `first` (b,) on, or into the last s.
     """
     dtype, offset = hidden.dtype, memory.shape[-2] - hidden.shape[1]
-    delta, gate, rows = None, None, iter(modulation)
+    delta, rows = None, iter(modulation)
     for layer, qkv, gate_up, (keys, values) in zip(
         network.expert.layers, weights.expert_qkv, weights.expert_gate_up, memory, strict=True
     ):
         attention = layer.self_attn
-        norm, next_gate = _ada_norm(layer.input_layernorm, next(rows))
-        hidden, normed = operations.add_norm(hidden, delta, gate, norm, dtype)
+        norm, gate = _ada_norm(layer.input_layernorm, next(rows))
+        hidden, normed = operations.add_norm(hidden, delta, norm, dtype)
         q = operations.split_heads(_linear(normed, qkv), rotation, keys, values, offset, first)
-        delta = attention.o_proj(operations.attend(q, keys, values, seen, attention.scaling))
+        attended = operations.attend(q, keys, values, seen, attention.scaling)
+        delta = Delta(attention.o_proj(attended), gate=gate)
         norm, gate = _ada_norm(layer.post_attention_layernorm, next(rows))
-        hidden, normed = operations.add_norm(hidden, delta, next_gate, norm, dtype)
-        delta = layer.mlp.down_proj(operations.gated_gelu(_linear(normed, gate_up)))
+        hidden, normed = operations.add_norm(hidden, delta, norm, dtype)
+        delta = Delta(layer.mlp.down_proj(operations.gated_gelu(_linear(normed, gate_up))), gate=gate)
     norm, _ = _ada_norm(network.expert.norm, next(rows))
-    return operations.add_norm(hidden, delta, gate, norm, dtype)[1]
+    return operations.add_norm(hidden, delta, norm, dtype)[1]
 
 
 def _modulate(network: OFPNetwork, weights: Weights, condition: Tensor) -> Tensor:
@@ -192,6 +204,12 @@ def _cast(linear: Joined | torch.nn.Linear, dtype: torch.dtype) -> tuple[Tensor,
 
 def _linear(x: Tensor, weights: Joined | torch.nn.Linear) -> Tensor:
     return F.linear(x, *_cast(weights, x.dtype))
+
+
+def _without_bias(x: Tensor, linear: torch.nn.Linear) -> Delta:
+    """A product whose bias is left to the norm behind it: so the library finds a faster one."""
+    weight, bias = _cast(linear, x.dtype)
+    return Delta(F.linear(x, weight), bias)
 
 
 def _layer_norm(norm: torch.nn.LayerNorm) -> Norm:
