@@ -1,4 +1,4 @@
-# Needs Python 3.12 only; uv is used where it is installed.
+# Needs Python 3.12 only; uv is used where it runs.
 PYTHON ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,23 +26,12 @@ bench: $(VENV)/.ready-test
 
 # One environment for both commands, made once and again when what it holds changes.
 $(VENV)/.ready-test: pyproject.toml constraints.txt
-	@if command -v uv >/dev/null; then \
-	  ([ -x $(BIN)/python ] || uv venv -q --python 3.12 $(VENV)) && \
-	  uv pip install -q --python $(BIN)/python -c constraints.txt -e ".[dev]"; \
-	else \
-	  ([ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)) && \
-	  $(BIN)/python -m pip install -q --upgrade pip && \
-	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; \
-	fi
+	@PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 # openpi's client wants numpy below 2, so it lives beside the environment it is tested against.
 $(VENV)/openpi-client/.ready: $(VENV)/.ready-test
-	@if command -v uv >/dev/null; then \
-	  uv venv -q --clear --python 3.12 $(@D) && uv pip install -q --python $(@D)/bin/python $(OPENPI_CLIENT); \
-	else \
-	  $(PYTHON) -m venv --clear $(@D) && $(@D)/bin/python -m pip install -q $(OPENPI_CLIENT); \
-	fi
+	@PYTHON="$(PYTHON)" .ci/environment $(@D) $(OPENPI_CLIENT)
 	@touch $@
 
 clean:

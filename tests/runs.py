@@ -12,7 +12,16 @@ from tests import small
 REPO = "local/tiny"
 
 
-def make_dataset(root: Path, episodes: int = 3, length: int = 14, cameras=small.CAMERAS, seed: int = 0) -> Path:
+def make_dataset(
+    root: Path,
+    episodes: int = 3,
+    length: int = 14,
+    cameras=small.CAMERAS,
+    seed: int = 0,
+    task: str = "open the window",
+    change=None,
+) -> Path:
+    """change(frame, i): alters frame i of an episode."""
     from lerobot.datasets import LeRobotDataset
 
     shape = (small.SIZE, small.SIZE, 3)
@@ -23,11 +32,13 @@ def make_dataset(root: Path, episodes: int = 3, length: int = 14, cameras=small.
     dataset = LeRobotDataset.create(REPO, fps=10, features=features, root=root, use_videos=False)
     rng = np.random.default_rng(seed)
     for _ in range(episodes):
-        for _ in range(length):
+        for i in range(length):
             frame = {key: rng.integers(0, 255, shape, dtype=np.uint8) for key in cameras}
             frame["observation.state"] = rng.normal(size=small.STATES).astype(np.float32)
             frame["action"] = rng.normal(size=small.ACTIONS).astype(np.float32)
-            dataset.add_frame({**frame, "task": "open the window"})
+            if change is not None:
+                change(frame, i)
+            dataset.add_frame({**frame, "task": task})
         dataset.save_episode()
     dataset.finalize()
     return root

@@ -13,7 +13,7 @@ LAYERS = (
     {"flow_map"},
     {"objectives"},
     {"policies"},
-    {"checkpoints"},
+    {"checkpoints", "datasets"},
     {"inference"},
     {"evaluation", "interop", "serving"},
     {"robotwin_eval"},

@@ -31,8 +31,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--condition", choices=("clean", "randomized", "both"), default="clean")
     parser.add_argument("--episodes", type=at_least(1), help="of each task and condition (default: all)")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--repo-id", default=REPO_ID)
-    parser.add_argument("--root", type=Path, help="the dataset, where it is on this machine already")
+    parser.add_argument(
+        "--repo-id", default=REPO_ID, help="the dataset, on the Hub (default %(default)s) or a directory"
+    )
+    parser.add_argument("--root", type=Path, help="its directory, where it is on this machine already")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/robotwin_expert.yaml"))
     order = Order()
     parser.add_argument(
@@ -44,6 +46,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    from ofp_lerobot.datasets import resolve_dataset
+
     from .prepare import Order, prepare
 
     try:
@@ -51,13 +55,15 @@ def _prepare(args: argparse.Namespace) -> None:
         exclude = [int(number) for number in args.exclude.split(",") if number]
     except ValueError as error:
         raise UserError(f"--per-task is two numbers, as 50,500, and --exclude numbers: {error}") from error
+    dataset = resolve_dataset(args.repo_id, args.root, name_flag="--repo-id")
+    print(f"dataset: {dataset}")
     content = prepare(
         args.output,
         [task.strip() for task in args.tasks.split(",") if task.strip()],
         args.condition,
         args.episodes,
-        repo_id=args.repo_id,
-        root=args.root,
+        repo_id=dataset.repo_id,
+        root=dataset.root,
         recipe=args.recipe,
         order=Order(clean=clean, randomized=randomized),
         exclude=exclude,

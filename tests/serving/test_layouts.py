@@ -115,9 +115,14 @@ def test_few_of_many_keys_are_told():
 def test_pieces_of_the_state():
     droid = bind("droid", names("exterior_1_left", "wrist_left"), 8, 8)
     key = "observation/gripper_position"
-    for scalar in (0.25, np.float32(0.25), np.array(0.25)):  # openpi takes them too
+    for scalar in (0.25, np.float32(0.25), np.array(0.25), np.array([[0.25]])):  # openpi takes them too
         assert droid.observation({**DROID, key: scalar})["observation.state"].tolist() == [*range(7), 0.25]
-    for bad in (np.zeros(2), "open", np.array([1])):
+    for whole in (1, True, np.array([1]), np.array([[1]], np.uint8)):
+        state = droid.observation({**DROID, key: whole})["observation.state"]
+        assert state.tolist() == [*range(7), 1.0] and state.dtype.kind == "f"
+    joints = {"observation/joint_position": np.arange(7), key: 0.25}
+    assert droid.observation({**DROID, **joints})["observation.state"].tolist() == [*range(7), 0.25]
+    for bad in (np.zeros(2), "open", np.array([None]), np.array([1j])):
         with pytest.raises(ObservationError, match=f"{key} must have 1 floats"):
             droid.observation({**DROID, key: bad})
 

@@ -1,5 +1,6 @@
 """A LeRobot checkpoint in, for every command that reads one: source, settings, weights, teacher, processors."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.processor.pipeline import ProcessorMigrationError
-from lerobot.utils.constants import ACTION, PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import ACTION, CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors import SafetensorError
 from transformers.initialization import no_init_weights
 
 from ..errors import UserError
+from ..policies.normalisation import RECOMPUTE, Problem, find_problems
 from ..policies.ofp import weights
 from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
@@ -30,16 +32,33 @@ from ..policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ..policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ..policies.training_state import load_training_state, state_path
 
+logger = logging.getLogger(__name__)
+
 TYPES: dict[str, type[PreTrainedConfig]] = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig, "pi05": PI05Config}
 
 
 def resolve_source(name: str) -> str | Path:
-    """A Hub id as it is, a directory as a path; a training step's directory stands for the policy in it."""
+    """A Hub id as it is, a directory as a path.
+
+    A training run's directory stands for its last step, and a step's for the policy in it. Raises UserError where a
+    name can only be meant for a directory, and is none; what it was taken for is logged.
+    """
     path = Path(name).expanduser()
     if not path.is_dir():
+        if weights.looks_local(name):
+            raise UserError(f"{name} is not a directory on this machine")
+        logger.info("%s: no such directory here, so taken for a repository on the Hub", name)
         return name
-    inner = path / PRETRAINED_MODEL_DIR
-    return inner if inner.is_dir() and not (path / CONFIG_NAME).is_file() else path
+    for inner in (
+        Path(),
+        Path(PRETRAINED_MODEL_DIR),
+        Path(CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR),
+    ):
+        if (path / inner / CONFIG_NAME).is_file():
+            path /= inner
+            break
+    logger.info("%s: the directory %s", name, path)
+    return path
 
 
 def load_config(
@@ -74,6 +93,7 @@ def load_config(
         raise UserError(f"{', '.join(unknown)}: the {kind!r} checkpoint {source} has no such setting")
     if kind == "pi05" and as_ofp:
         config_class = OFPConfig
+        weights.warn_of_unknown(OFPConfig, raw, source)
         raw = {key: value for key, value in raw.items() if key in OFPConfig.__dataclass_fields__}
         raw["tokenizer_max_length"] = None  # the checkpoint's processors know it
     # Real-time chunking has its own callers; here a chunk is answered whole.
@@ -173,7 +193,28 @@ def load_processors(
             "lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the training data "
             "where it has no q01 and q99"
         )
+    if broken := [problem.text for problem in statistics_problems(preprocessor, config) if problem.kind == "broken"]:
+        raise UserError(
+            f"the statistics in the processors of {source} cannot normalise anything: {'; '.join(broken)}. Compute the "
+            f"dataset's anew with {RECOMPUTE} --repo_id=<dataset>, and train again from there"
+        )
     return processors
+
+
+def normaliser(preprocessor: PolicyProcessorPipeline) -> NormalizerProcessorStep | None:
+    """The step of a preprocessor that holds its statistics."""
+    return next((step for step in preprocessor.steps if isinstance(step, NormalizerProcessorStep)), None)
+
+
+def statistics_problems(preprocessor: PolicyProcessorPipeline, config: PreTrainedConfig) -> list[Problem]:
+    """What is wrong with the statistics that a checkpoint brings, of what its policy reads and answers."""
+    step = normaliser(preprocessor)
+    if step is None:
+        return []
+    used = {*(config.input_features or {}), ACTION}
+    features = {key: feature for key, feature in step.features.items() if key in used}
+    names = {ACTION: getattr(config, "action_feature_names", None) or ()}
+    return find_problems(step.stats or {}, features, step.norm_map, names)
 
 
 def _lacking(pipeline: PolicyProcessorPipeline, keys: set[str]) -> list[str]:

@@ -14,6 +14,7 @@ def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     from lerobot.utils.io_utils import write_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
+
     write_video(path, list(frames), FRAMES_PER_SECOND)
 
 

@@ -16,14 +16,23 @@ from lerobot.processor import (
     RenameObservationsProcessorStep,
     TokenizerProcessorStep,
 )
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
-from ..checkpoints.reader import load_config, load_processors, read_policy, resolve_source, use_teacher
+from ..checkpoints.reader import (
+    load_config,
+    load_processors,
+    read_policy,
+    resolve_source,
+    use_teacher,
+)
 from ..devices import resolve_device
 from ..errors import UserError
 from ..policies.ofp.modeling_ofp import OFPPolicy
 from ..policies.ofp.processor_steps import PromptWithoutStateStep
+from ..policies.ofp.prompt import require_whole
 from ..policies.ofp.text import TextExtentProcessorStep
+from .observations import TASK, ObservationError
 from .sampling import Sampling
 
 _TOUCH_NO_IMAGE = (
@@ -61,7 +70,22 @@ class ServedPolicy(NamedTuple):
         return next((names for names in maps if names), {})
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names."""
+        """What `predict` takes, of a batch with `Sample`'s images (b, ...) in the policy's names.
+
+        Raises ObservationError where an instruction is too long for the prompt.
+        """
+        ready = self._preprocess(batch)
+        tokenizers = [
+            step.input_tokenizer for step in self.preprocessor.steps if isinstance(step, TokenizerProcessorStep)
+        ]
+        if tokenizers:
+            try:
+                require_whole(ready.get(TASK), ready[OBS_LANGUAGE_ATTENTION_MASK].bool(), tokenizers[0])
+            except ValueError as error:
+                raise ObservationError(str(error)) from None
+        return ready
+
+    def _preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = {key: batch[key] for key in self.config.image_features if key in batch}
         # Ours takes bytes from the host, a quarter of what floats would move.
         if isinstance(self.policy, OFPPolicy) and all(map(_leaves_images, self.preprocessor.steps)):

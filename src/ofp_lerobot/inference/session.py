@@ -15,15 +15,17 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from ..checkpoints.reader import statistics_problems
 from ..devices import synchronise
 from ..errors import UserError
 from ..flow_map.randomness import folded_generator
 from .observations import ObservationError, ObservationReader, Sample, collate
 from .policies import ServedPolicy, load_policy
 from .sampling import Sampling
+from .states import StateCheck
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Session:
     def __init__(self, runner: "Runner", generator: torch.Generator) -> None:
         self._runner, self._generator = runner, generator
         self._rest: Tensor | None = None  # see Runner._kept
+        self._begun = False  # whether its first state has been looked at
 
     def infer(self, observation: Mapping[str, Any], noise: Tensor | None = None) -> Answer:
         """As `Runner.infer`, for this session alone. noise: as there, without n."""
@@ -79,6 +82,7 @@ class Runner:
             )
         self._relative = bool(getattr(config, "use_relative_actions", False))
         self._reader = ObservationReader(config, absent_cameras)
+        self._states = StateCheck(served.preprocessor, config)
         self._device = torch.device(str(config.device))
         self._lock = threading.Lock()
 
@@ -92,7 +96,10 @@ class Runner:
         **settings: Any,
     ) -> Self:
         """From a checkpoint, a directory or of the Hub; settings as `load_policy`'s."""
-        return cls(load_policy(checkpoint, **settings), execution_horizon, absent_cameras)
+        served = load_policy(checkpoint, **settings)
+        for problem in statistics_problems(served.preprocessor, served.config):
+            logger.warning("the statistics of %s hardly fit its training data: %s", served.source, problem.text)
+        return cls(served, execution_horizon, absent_cameras)
 
     def session(self, seed: int | None = None, number: int = 0) -> Session:
         """A new run. Its noise is a function of (seed, number), where a seed is given."""
@@ -157,6 +164,7 @@ class Runner:
         network = getattr(self.served.config, "image_resolution", None)
         for resolution in (None, tuple(network)) if network else (None,):
             session = self.session(seed=0)
+            session._begun = True  # nothing to learn from a blank state
             for _ in range(2):
                 session.infer(self._reader.blank(resolution))
 
@@ -175,6 +183,7 @@ class Runner:
         with self._lock, torch.no_grad():
             start = time.perf_counter()
             samples = self._read(observations)
+            self._look_at_first_states(sessions, samples)
             if noise is None:
                 noise = torch.stack([self._noise(session) for session in sessions])
             noise = self._shaped(noise, len(sessions))
@@ -207,6 +216,13 @@ class Runner:
             except ObservationError as error:
                 raise ObservationError(f"number {i}: {error}" if len(observations) > 1 else str(error)) from None
         return samples
+
+    def _look_at_first_states(self, sessions: Sequence[Session], samples: Sequence[Sample]) -> None:
+        for session, sample in zip(sessions, samples, strict=True):
+            state = sample.states.get(OBS_STATE)
+            if not session._begun and state is not None and (complaint := self._states.complaint(state.numpy())):
+                logger.warning("%s", complaint)
+            session._begun = True
 
     def _shaped(self, noise: Tensor, n: int) -> Tensor:
         """(n, test_time_samples, chunk_size, max_action_dim)"""

@@ -1,11 +1,15 @@
 """What the configurations share: the one-step method's settings, their checks, and LeRobot's loose ends."""
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
+from draccus.parsers.decoding import decode_dataclass
+from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig
 
 from ..errors import choice
@@ -50,6 +54,12 @@ class FlowMapConfig(PreTrainedConfig):
     time_sampling_beta_alpha: float = 1.5
     time_sampling_scale: float = 0.999
     time_sampling_offset: float = 0.001
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every subclass's `__post_init__` names the bad setting to the command line too, see `_told_by_draccus`."""
+        super().__init_subclass__(**kwargs)
+        if "__post_init__" in cls.__dict__:
+            cls.__post_init__ = _told_by_draccus(cls.__post_init__)  # type: ignore[method-assign]
 
     def check_method(self) -> None:
         """Raises ValueError where a setting of this class is out of range."""
@@ -108,6 +118,27 @@ class FlowMapConfig(PreTrainedConfig):
         hook = reference() if reference is not None else None
         if hook is not None and hook.__self__.config is self:
             hook(Path(save_directory))
+
+
+def _told_by_draccus(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `__post_init__` whose ValueErrors reach the last lines that a command prints.
+
+    draccus, with which LeRobot reads flags, files and checkpoints, replaces a ValueError or TypeError of a
+    configuration by "Couldn't instantiate class". Its own DecodingError it hands on, and LeRobot prints that one.
+    Called from anywhere else the ValueError stays what it is.
+    """
+
+    @functools.wraps(post_init)
+    def checked(self: Any) -> None:
+        try:
+            post_init(self)
+        except (TypeError, ValueError) as error:
+            caller = sys._getframe(2)  # of the __init__ that dataclasses wrote
+            if caller.f_code is not decode_dataclass.__code__:
+                raise
+            raise DecodingError((), str(error)) from error
+
+    return checked
 
 
 def within(name: str, value: float, low: float, high: float = float("inf")) -> None:

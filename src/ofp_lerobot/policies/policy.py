@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Generator, Tensor
 
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
@@ -23,6 +23,7 @@ from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
+from .normalisation import check_first_batch
 from .scalars import LaggingScalars
 from .training_state import TrainingState, save_training_state, state_path
 
@@ -97,9 +98,11 @@ class FlowMapPolicy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        if self.training and self._seed is None:
+        first = self.training and self._seed is None
+        if first:
             self._begin_training()
         actions, mask, finite = self._prepare_actions(batch)
+        largest = torch.where(mask, actions, 0.0).abs().amax(dim=(0, 1))
         prefix = self.model.encode(*self._prepare_observation(batch))
         draws = self.config.num_noise_draws
         losses = self._objective.function(
@@ -128,8 +131,14 @@ class FlowMapPolicy(PreTrainedPolicy):
                 **losses.logs,
                 **(self._diagnosis if self.training else {}),
                 "finite": finite & torch.isfinite(loss),
+                "largest_action": largest.max(),
             }
         )
+        if logs.pop("largest_action", 0.0) > 1 and first:
+            mode = self.config.normalization_mapping.get(FeatureType.ACTION, NormalizationMode.IDENTITY)
+            names = getattr(self.config, "action_feature_names", None) or ()
+            size = self.config.output_features[ACTION].shape[0]
+            check_first_batch(largest[:size].tolist(), mode, names)
         return (loss if reduction == "mean" else per_sample), logs
 
     def update(self) -> None:
@@ -193,8 +202,8 @@ class FlowMapPolicy(PreTrainedPolicy):
         logs = (self._scalars if self.training else LaggingScalars()).read(scalars)
         if not logs.pop("finite"):
             raise ValueError(
-                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset and its "
-                "statistics, and --policy.optimizer_lr"
+                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset (its "
+                "observation.state too) and its statistics, and --policy.optimizer_lr"
             )
         ratio, (low, high) = logs.get("one_step_std_ratio"), HEALTHY_STD_RATIO
         if ratio is not None:
@@ -213,7 +222,10 @@ class FlowMapPolicy(PreTrainedPolicy):
         return logs
 
     def _prepare_actions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions (b, horizon, max_action_dim) float32, zero where padded; the loss's mask; whether all were finite."""
+        """Actions (b, horizon, max_action_dim) float32, zero where padded; the loss's mask; whether all were finite.
+
+        The state's values count in the last.
+        """
         actions = batch[ACTION].to(torch.float32)
         size, horizon = self.config.output_features[ACTION].shape[0], self.config.chunk_size
         if actions.dim() != 3 or actions.shape[1:] != (horizon, size):
@@ -222,11 +234,16 @@ class FlowMapPolicy(PreTrainedPolicy):
                 "--policy.chunk_size and --policy.output_features"
             )
         finite = torch.isfinite(actions)
+        state = batch.get(OBS_STATE, actions)  # π₀.₅'s prompt would hide a NaN in its last bin
         padded = batch.get(_PAD)
         known = torch.ones_like(finite[..., 0]) if padded is None else ~padded.to(finite.device)
         mask = finite & known[..., None]
         actions = pad_vector(torch.where(finite, actions, 0.0), self.config.max_action_dim)
-        return actions, pad_vector(mask, self.config.max_action_dim), finite.all()
+        return (
+            actions,
+            pad_vector(mask, self.config.max_action_dim),
+            finite.all() & torch.isfinite(state).all().to(finite.device),
+        )
 
     # Acting
 
@@ -278,8 +295,14 @@ class FlowMapPolicy(PreTrainedPolicy):
             raise ValueError("the policy answered NaN or infinite actions: check the checkpoint and the observation")
         return actions
 
-    def _usable_rest(self, rest: Tensor | None, b: int, device: torch.device) -> Tensor | None:
-        """The leftover as (b, steps, action), without the zero rows that LeRobot's rollout pads it with."""
+    def _usable_rest(
+        self, rest: Tensor | None, b: int, device: torch.device, padded_to: int | None = None
+    ) -> Tensor | None:
+        """The leftover as (b, steps, action).
+
+        padded_to: the length to which LeRobot's real-time chunking pads leftovers with zeros. One of another length,
+        or of another caller, has no padding, and zeros in it are actions.
+        """
         if rest is None:
             return None
         size = self.config.output_features[ACTION].shape[0]
@@ -290,5 +313,7 @@ class FlowMapPolicy(PreTrainedPolicy):
                 "number of environments changes"
             )
         rest = rest[..., :size]
+        if rest.shape[1] != padded_to:
+            return rest if rest.shape[1] else None
         known = (rest != 0).any(dim=2).any(dim=0).nonzero()
         return rest[:, : int(known[-1]) + 1] if len(known) else None

@@ -236,10 +236,13 @@ def _array(key: str, value: Any) -> np.ndarray:
 
 
 def _values(request: Mapping[str, Any], key: str, size: int) -> np.ndarray:
-    values = np.atleast_1d(_array(key, _find(request, key)))
-    if values.shape != (size,) or values.dtype.kind != "f":
-        raise ObservationError(f"{key} must have {size} floats, got shape {values.shape} of {values.dtype}")
-    return values
+    """Numbers of any kind, as (size,) floats; axes of length 1, which some clients add, mean nothing."""
+    values = _array(key, _find(request, key))
+    if values.dtype.kind not in "fiub" or values.size != size or values.squeeze().ndim > 1:
+        shape = np.atleast_1d(values).shape
+        raise ObservationError(f"{key} must have {size} floats, got shape {shape} of {values.dtype}")
+    values = values.reshape(size)
+    return values if values.dtype.kind == "f" else values.astype(np.float32)
 
 
 def _as_uint8(key: str, value: Any) -> np.ndarray:

@@ -16,8 +16,7 @@ from ofp_lerobot.policies.ofp.engine import engine
 from ofp_lerobot.policies.ofp.engine.operations import Fused, Plain
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
-
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+from tests.policies.engine.helpers import TOLERANCE, assert_same, set_in_place, set_past_autograd, swap, train_a_step
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,6 @@ def noise_for(batch):
 def used(policy):
     """Whether the engine has built itself."""
     return policy._engine._weights is not None
-
-
-def assert_same(actual, expected, tolerance=1e-5):
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).norm() / expected.norm() <= tolerance
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -125,32 +119,6 @@ def same_everywhere(plain, fast, seeds=(0,), b=2, tolerance=1e-5):
         noise = noise_for(batch)
         expected, actual = (policy.predict_action_chunk(batch, noise=noise) for policy in (plain, fast))
         assert_same(actual, expected, tolerance)
-
-
-def set_in_place(policy):
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.01)
-
-
-def set_past_autograd(policy):
-    for parameter in policy.parameters():
-        parameter.data.mul_(1.02)
-
-
-def swap(policy):
-    for module in policy.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(parameter.data * 0.98)
-
-
-def train_a_step(policy):
-    policy.train()
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3)
-    policy(small.batch(2))[0].backward()
-    optimizer.step()
-    policy.update()
 
 
 @pytest.mark.parametrize("change", [set_in_place, set_past_autograd, swap, train_a_step])

@@ -9,7 +9,7 @@ import torch
 from ofp_lerobot.policies.ofp.engine import engine
 from ofp_lerobot.policies.ofp.network import attend
 from tests import small
-from tests.policies.engine.test_engine import (
+from tests.policies.engine.helpers import (
     TOLERANCE,
     assert_same,
     set_in_place,

@@ -42,14 +42,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="directory or Hub id of an `ofp` (or plain `pi05`) policy")
-    parser.add_argument("--dataset", metavar="REPO_ID", help="LeRobotDataset to check on")
-    parser.add_argument("--root", type=Path, help="its local directory")
+    parser.add_argument("--dataset", metavar="DATASET", help="LeRobotDataset to check on, a directory or a Hub id")
+    parser.add_argument("--root", type=Path, help="its local directory, where --dataset is its name")
     parser.add_argument(
         "--episodes",
         nargs="*",
         metavar="E",
-        help="episodes, as 3 17 40-49 or [3,17] (default: what training held out by --dataset.eval_split, else the "
-        "last 10 %%)",
+        help="episodes, as 3 17 40-49 or [3,17] (default: what training held out by --dataset.eval_split, else what "
+        "it left out by --dataset.episodes, else the last 10 %%)",
     )
     parser.add_argument("--frames", type=at_least(1), default=64, help="observations, spaced evenly (default 64)")
     parser.add_argument("--noises", type=at_least(2), default=8, help="noise draws for each of them (default 8)")
@@ -66,13 +66,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="default outputs/check/<checkpoint>.png")
     args = parser.parse_args(argv)
     if args.dataset is None and args.root is None:
-        parser.error("name the dataset: --dataset REPO_ID, --root DIRECTORY or both")
+        parser.error("name the dataset: --dataset <directory or Hub id>")
     return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Loads, measures, prints and writes; returns what the JSON file holds."""
     from ...checkpoints.reader import load_config, resolve_source
+    from ...datasets import resolve_dataset
     from ...devices import resolve_device
     from ...inference.policies import load_policy
     from . import inputs, measure, report, verdict
@@ -81,13 +82,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     how: dict[str, Any] = {"device": device, "as_ofp": True, "compile_model": False}
     config, kind = load_config(source, **how)
-    metadata = inputs.load_metadata(args.dataset, args.root)
+    dataset = resolve_dataset(args.dataset, args.root)
+    metadata = inputs.load_metadata(dataset)
     wanted = parse_episodes(args.episodes)
     training = inputs.training_dataset(source)
     episodes, reason = inputs.choose_episodes(metadata, wanted, training)
     checkpoint = load_policy(source, teacher=args.weights == "teacher", rename_map=args.rename_map, **how)
     inputs.check_features(checkpoint, metadata)
-    data = inputs.load_episodes(metadata, args.root, config, episodes)
+    told_of_statistics = inputs.check_statistics(checkpoint, metadata)
+    data = inputs.load_episodes(metadata, dataset.root, config, episodes)
     fraction = args.warm_start or config.warm_start or measure.PAPERS_WARM_START
     collected = measure.collect(
         checkpoint,
@@ -114,9 +117,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "data": {
             "repo_id": metadata.repo_id,
+            "directory": None if dataset.root is None else str(dataset.root),
             "episodes": episodes,
             "chosen": reason,
             "held_out": inputs.held_out(metadata, episodes, training),
+            "trained_on": (training or {}).get("repo_id"),
             "frames": collected.positions.tolist(),
             "noises": args.noises,
             "seed": args.seed,
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "thresholds": verdict.THRESHOLDS,
     }
     result["verdicts"] = verdict.judge(result)
-    result["limits"] = verdict.limits(result)
+    result["limits"] = [*told_of_statistics, *verdict.limits(result)]
     result["versions"] = {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")}
     name = report.output_name(str(source), args.weights)
     json_path = args.json or Path("outputs/check") / f"{name}.json"

@@ -11,23 +11,22 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
+from ...checkpoints.reader import normaliser, statistics_problems
+from ...datasets import DatasetSource
 from ...errors import UserError
 from ...inference.policies import ServedPolicy
+from ...policies.normalisation import RECOMPUTE
 from ...policies.ofp import weights
+from ...policies.relative import check_relative
 
 HELD_OUT_SHARE = 0.1  # of the episodes, where nothing says what training left out
 
 
-def load_metadata(repo_id: str | None, root: Path | None) -> LeRobotDatasetMetadata:
-    if repo_id is None:
-        assert root is not None
-        if not (root / "meta" / "info.json").is_file():
-            raise UserError(f"--root {root} is no LeRobotDataset (it has no meta/info.json)")
-        repo_id = f"local/{root.resolve().name}"
+def load_metadata(source: DatasetSource) -> LeRobotDatasetMetadata:
     try:
-        return LeRobotDatasetMetadata(repo_id, root)
+        return LeRobotDatasetMetadata(source.repo_id, source.root)
     except (OSError, ValueError, NotImplementedError, HTTPError) as error:
-        raise UserError(f"dataset {repo_id} cannot be loaded from {root or 'cache or Hub'}: {error}") from error
+        raise UserError(f"the dataset cannot be loaded ({source}): {error}") from error
 
 
 def training_dataset(source: str | Path) -> dict[str, Any] | None:
@@ -44,10 +43,12 @@ def trained_episodes(metadata: LeRobotDatasetMetadata, training: dict[str, Any] 
 
     LeRobot holds out the last `eval_split` of each task's episodes.
     """
-    if training is None or training.get("repo_id") != metadata.repo_id:
+    if training is None or not _is_same_dataset(metadata, training):
         return None
     listed = training.get("episodes")
     episodes = range(metadata.total_episodes) if listed is None else listed
+    if max(episodes, default=0) >= metadata.total_episodes:  # the name is the same, the data are not
+        return None
     split = training.get("eval_split", 0.0)
     assert metadata.episodes is not None
     tasks, by_task = metadata.episodes["tasks"], dict[str, list[int]]()
@@ -56,21 +57,33 @@ def trained_episodes(metadata: LeRobotDatasetMetadata, training: dict[str, Any] 
     return {episode for group in by_task.values() for episode in group[: len(group) - math.ceil(len(group) * split)]}
 
 
+def _is_same_dataset(metadata: LeRobotDatasetMetadata, training: dict[str, Any]) -> bool:
+    """By its directory, whatever it is called, or by its name on the Hub."""
+    root, used = getattr(metadata, "root", None), training.get("root")
+    if root is not None and used is not None and Path(root).resolve() == Path(used).expanduser().resolve():
+        return True
+    return training.get("repo_id") == metadata.repo_id
+
+
 def choose_episodes(
     metadata: LeRobotDatasetMetadata, wanted: list[int] | None, training: dict[str, Any] | None
 ) -> tuple[list[int], str]:
-    """Episodes to check on, and why these."""
+    """Episodes to check on, and why these: those asked for, else all that training left out, else the last ones."""
     total = metadata.total_episodes
     if wanted is not None:
         if wanted[-1] >= total:
             raise UserError(f"--episodes: {metadata.repo_id} has episodes 0 to {total - 1}, not {wanted[-1]}")
         return wanted, "as asked"
-    trained = trained_episodes(metadata, training)
-    if trained and training and training.get("eval_split"):
-        listed = training.get("episodes") or range(total)
-        return sorted(set(listed) - trained), f"training held them out by eval_split={training['eval_split']}"
     if total == 0:
         raise UserError(f"{metadata.repo_id} has no episodes")
+    trained = trained_episodes(metadata, training)
+    if trained is not None and training is not None:
+        split = training.get("eval_split")
+        if split:  # of the episodes that it was given; others may be left out for a reason
+            listed = training.get("episodes") or range(total)
+            return sorted(set(listed) - trained), f"training held them out by eval_split={split}"
+        if unseen := sorted(set(range(total)) - trained):
+            return unseen, "training left them out by dataset.episodes"
     return list(range(total - math.ceil(total * HELD_OUT_SHARE), total)), f"the last {HELD_OUT_SHARE:.0%}, by default"
 
 
@@ -78,6 +91,27 @@ def held_out(metadata: LeRobotDatasetMetadata, episodes: list[int], training: di
     """Whether training has seen none of the episodes, None where that is not known."""
     trained = trained_episodes(metadata, training)
     return None if trained is None else trained.isdisjoint(episodes)
+
+
+def check_statistics(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata) -> list[str]:
+    """What to know of the statistics beside the verdict. Raises UserError where they forbid one.
+
+    The checkpoint's own, against the data that they came from as far as they tell, and against this dataset.
+    """
+    config = checkpoint.config
+    problems = statistics_problems(checkpoint.preprocessor, config)
+    if narrow := [problem.text for problem in problems if problem.kind == "narrow" and problem.key == ACTION]:
+        raise UserError(
+            f"the checkpoint's statistics cannot normalise its actions: {'; '.join(narrow)}. No number of steps can "
+            f"answer with these; the dataset needs other ones ({RECOMPUTE}, or --policy.normalization_mapping with "
+            "MIN_MAX for ACTION), and the policy a new training run"
+        )
+    step = normaliser(checkpoint.preprocessor)
+    try:
+        check_relative(config, metadata, step.stats if step is not None else None)
+    except ValueError as error:
+        raise UserError(f"the checkpoint was trained with statistics of the other kind of actions: {error}") from error
+    return [f"Statistics that hardly fit the training data: {problem.text}." for problem in problems]
 
 
 def check_features(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.collate import lerobot_collate_fn
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from ...flow_map.path import sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
 from ...inference.policies import ServedPolicy
 from ...inference.sampling import Sampling
+from ...policies.normalisation import far_dimensions
 from ..statistics import bootstrap_interval
 from ..timing import milliseconds
 
@@ -46,6 +47,7 @@ class Chunks:
     real_target: np.ndarray  # (f, h, a) in the dataset's units
     origin: np.ndarray  # (f, a) the dataset's units at normalised 0 ...
     unit: np.ndarray  # (f, a) ... and of 1 more
+    state: np.ndarray  # (f, s) normalised; s is 0 where the policy has none
     sampled: dict[str, np.ndarray]  # (f, k, h, a) normalised
     real: dict[str, np.ndarray]  # (f, k, h, a) in the dataset's units
 
@@ -149,7 +151,15 @@ def _chunks(
     except (ValueError, KeyError) as error:
         raise UserError(f"the checkpoint's preprocessor cannot take this data: {error}") from error
     target = batch[ACTION].float().cpu()
-    sampled = sample(checkpoint.policy, batch, noise, rests or {}, fraction)
+    state = batch.get(OBS_STATE, target.new_zeros(len(target), 0)).float().cpu()
+    if not (torch.isfinite(target).all() and torch.isfinite(state).all()):
+        raise UserError(
+            "the dataset has NaN or infinite values in its actions or states: mend the data, or choose other --episodes"
+        )
+    try:
+        sampled = sample(checkpoint.policy, batch, noise, rests or {}, fraction)
+    except ValueError as error:
+        raise UserError(error) from error
     if not all(torch.isfinite(x).all() for x in sampled.values()):
         raise UserError("the policy answered NaN or infinite actions: check the checkpoint")
     # The postprocessor may add the state that the preprocessor has just seen, one row per observation.
@@ -162,6 +172,7 @@ def _chunks(
         real_target=items[ACTION].float().numpy(),
         origin=origin.numpy(),
         unit=(one - origin).numpy(),
+        state=state.numpy(),
         sampled={way: x.numpy() for way, x in sampled.items()},
         real={way: x.numpy() for way, x in real.items()},
     )
@@ -315,6 +326,8 @@ def summarise(collected: Collected, *, executed: int, seed: int) -> dict[str, An
         "demonstrations": {
             "std": float(demonstrated.std()),
             "constant_error": root(step_mean((now.target - demonstrated.mean(axis=0)) ** 2, now.valid)),
+            # Dimensions whose values are mostly outside of what the statistics normalise, with their median size.
+            "far": {ACTION: far_dimensions(demonstrated), OBS_STATE: far_dimensions(now.state)},
         },
         "normalised": normalised,
         "ratios_to_ten": {

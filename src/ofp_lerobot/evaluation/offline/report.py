@@ -39,7 +39,7 @@ def _head(result: dict[str, Any]) -> list[str]:
         f"policy   {checkpoint['source']} ({checkpoint['type']}, {checkpoint['weights']} weights, "
         f"{checkpoint['dtype']} on {checkpoint['device']}), chunk {checkpoint['chunk_size']}, "
         f"{checkpoint['n_action_steps']} executed",
-        f"data     {data['repo_id']}, episodes {_ranges(data['episodes'])} ({data['chosen']}), "
+        f"data     {data['directory'] or data['repo_id']}, episodes {_ranges(data['episodes'])} ({data['chosen']}), "
         f"{len(data['frames'])} frames x {data['noises']} noises",
     ]
 

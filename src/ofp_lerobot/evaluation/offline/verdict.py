@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from ...objectives.monitor import HEALTHY_STD_RATIO
+from ...policies.normalisation import FAR
 
 # Design notes: the size of one-step samples against the data's leaves [.7, 1.4] under over-guidance and nowhere else
 # shows it; the same band is held against the spread over noises, which falls under mode averaging and dropping. "As
@@ -16,7 +17,9 @@ THRESHOLDS = {
 
 
 class Verdict(NamedTuple):
-    """label: as_good, worse, undecided, collapsed, scattered, over_guided, wrong_size or not_following."""
+    """label: as_good, worse, undecided, collapsed, scattered, over_guided, wrong_size, not_telling, not_following or
+    other_statistics.
+    """
 
     about: str
     label: str
@@ -24,9 +27,28 @@ class Verdict(NamedTuple):
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Verdicts on the network at ten steps (only where it does not follow the data), at one and at two."""
-    policy = _not_following(result)
-    return [v._asdict() for v in [*policy, *(_judge_few(result, way) for way in ("one", "two"))]]
+    """Verdicts on the statistics and on ten steps, only where they do not fit the data, and on one and two steps.
+
+    One step is never as good as ten where one of the first two is there: then ten steps are no measure.
+    """
+    first = [*_other_statistics(result), *_not_following(result)]
+    return [v._asdict() for v in [*first, *(_judge_few(result, way, telling=not first) for way in ("one", "two"))]]
+
+
+def _other_statistics(result: dict[str, Any]) -> list[Verdict]:
+    """Dimensions of which half of the values are far outside once normalised."""
+    told = [
+        f"{key}[{i}] (median size {size:.3g})"
+        for key, far in result["demonstrations"].get("far", {}).items()
+        for i, size in far.items()
+    ]
+    if not told:
+        return []
+    text = (
+        f"the checkpoint's statistics are not of this data: normalised, most values should be within ±1, but half of "
+        f"them are beyond {FAR:g} in {', '.join(told)}. Check on the dataset that it was trained on, in the same units"
+    )
+    return [Verdict("statistics", "other_statistics", text)]
 
 
 def _not_following(result: dict[str, Any]) -> list[Verdict]:
@@ -42,13 +64,16 @@ def _not_following(result: dict[str, Any]) -> list[Verdict]:
     return [Verdict("ten", "not_following", text)]
 
 
-def _judge_few(result: dict[str, Any], way: str) -> Verdict:
-    """The first rule that applies: size of the actions, spread over noises, error."""
+def _judge_few(result: dict[str, Any], way: str, telling: bool) -> Verdict:
+    """The first rule that applies: size of the actions, spread over noises, error.
+
+    telling: whether ten steps are worth comparing with.
+    """
     few, ten = result["normalised"][way], result["normalised"]["ten"]
     error, spread = (result["ratios_to_ten"][way][name] for name in ("error", "spread"))
     words, is_, has = ("one step", "is", "has") if way == "one" else ("two steps", "are", "have")
     (low, high), (thin, wide), allowed = (THRESHOLDS[n] for n in ("std_ratio", "spread_ratio", "error_ratio"))
-    telling = max(few["spread"], ten["spread"]) >= THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]
+    varied = max(few["spread"], ten["spread"]) >= THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]
     numbers = (
         f"error ratio {error['value']:.2f} [{error['low']:.2f}, {error['high']:.2f}] "
         f"(paired bootstrap over {result['bootstrap']['count']} {result['bootstrap']['unit']})"
@@ -58,7 +83,7 @@ def _judge_few(result: dict[str, Any], way: str) -> Verdict:
         f"(healthy {low} to {high})"
     )
     spreads = f"spread {spread['value']:.2f} of ten steps'"
-    tail = f"{numbers}, {spreads if telling else 'ten steps hardly vary here, so the spread cannot tell'}"
+    tail = f"{numbers}, {spreads if varied else 'ten steps hardly vary here, so the spread cannot tell'}"
     rules = (
         (
             few["std_ratio"] > high and ten["std_ratio"] > high,
@@ -72,7 +97,7 @@ def _judge_few(result: dict[str, Any], way: str) -> Verdict:
             "--policy.consistency_weight, and train again",
         ),
         (
-            telling and spread["value"] < thin,
+            varied and spread["value"] < thin,
             "collapsed",
             f"{words} {has} collapsed: {spreads} (healthy {thin} to {wide}). Answers near the mean of several ways can "
             f"have a low error and still fail; {numbers}",
@@ -83,9 +108,14 @@ def _judge_few(result: dict[str, Any], way: str) -> Verdict:
             f"{words} {has} collapsed: the actions have {sizes}; {numbers}",
         ),
         (
-            telling and spread["value"] > wide,
+            varied and spread["value"] > wide,
             "scattered",
             f"{words} {is_} noisier than ten: {spreads} (healthy {thin} to {wide}); {numbers}. Train longer",
+        ),
+        (
+            error["high"] <= allowed and not telling,
+            "not_telling",
+            f"{words}: no worse than ten, which do not follow this data either, so nothing is shown: {tail}",
         ),
         (error["high"] <= allowed, "as_good", f"{words} {is_} as good as ten on this data: {tail}"),
         (error["low"] > allowed, "worse", f"{words} {is_} worse than ten on this data: {tail}"),
@@ -114,7 +144,13 @@ def limits(result: dict[str, Any]) -> list[str]:
             "NOT held out: training used some of these episodes. Train with --dataset.eval_split=0.1 to keep some out."
         )
     if result["data"]["held_out"] is None:
-        told.append("The checkpoint does not say whether training used these episodes.")
+        trained_on = result["data"].get("trained_on")
+        hint = (
+            f" It was trained on {trained_on}: where this is the same data, give that as --dataset."
+            if trained_on
+            else ""
+        )
+        told.append(f"The checkpoint does not say whether training used these episodes.{hint}")
     successive = result["successive"]
     if successive and "one_warm" in successive:
         told.append("Warm start can hide a broken one-step map: judge the rows without it.")

@@ -13,23 +13,28 @@ import torch
 from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
+from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
+from ..relative import check_relative
 from ..training_state import load_training_state, resumed_from, state_path
 from . import weights
-from .configuration_ofp import OFPConfig
+from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
 from .engine import Engine
 from .images import check_image, prepare_images
 from .model_card import describe
 from .network import NEW_PARAMETERS, OFPNetwork
 from .processor_ofp import check_statistics
+from .prompt import PromptTokenizer, check_tasks, checkpoint_tokenizer, require_whole
 from .text import TextExtent, known_extent
 
 logger = logging.getLogger(__name__)
+
+TASK = "task"  # LeRobot's key of a batch's prompts
 
 
 class Observation(NamedTuple):
@@ -49,13 +54,31 @@ class OFPPolicy(FlowMapPolicy):
     encoder = "paligemma_with_expert.paligemma."
 
     def __init__(
-        self, config: OFPConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None, **kwargs: Any
+        self,
+        config: OFPConfig,
+        dataset_stats: dict[str, dict[str, Tensor]] | None = None,
+        dataset_meta: Any = None,
+        tokenizer: PromptTokenizer | None = None,
+        **kwargs: Any,
     ) -> None:
-        """dataset_stats: only checked, normalisation is the processors' work. Raises ValueError on bad settings."""
+        """dataset_stats and dataset_meta: only checked, normalisation is the processors' work.
+
+        tokenizer: the starting checkpoint's, of the prompts. Raises ValueError on bad settings, and on a dataset whose
+        statistics, actions or instructions do not fit them.
+        """
         super().__init__(config)
         config.require_device()
         config.validate_features()
         check_statistics(config, dataset_stats)
+        require_usable_statistics(config, dataset_stats, binned=(OBS_STATE,))
+        self._tokenizer = tokenizer or PromptTokenizer(
+            config.tokenizer_name or PALIGEMMA_TOKENIZER, config.tokenizer_max_length or TOKENIZER_MAX_LENGTH
+        )
+        self._loaded_tokenizer: Any = None
+        if dataset_meta is not None:
+            check_relative(config, dataset_meta, dataset_stats)
+            state = config.robot_state_feature
+            check_tasks(dataset_meta.tasks.index, state.shape[0] if state else 0, self._tokenizer)
         self.config: OFPConfig = config
         self.model = OFPNetwork(config)
         self.model.set_gradient_checkpointing(config.gradient_checkpointing)
@@ -113,19 +136,21 @@ class OFPPolicy(FlowMapPolicy):
         if not isinstance(config, OFPConfig):
             raise ValueError(f"OFPPolicy needs an 'ofp' configuration, got {config.type!r}")
         resumed = resumed_from(config.pretrained_path)
+        if not config.use_peft:  # an adapter brings its own processors
+            weights.check_processors(config, checkpoint, source, **hub)
         if resumed is None:
-            if not config.use_peft:  # an adapter brings its own processors
-                weights.check_processors(config, source, **hub)
             if not from_pi05 and kwargs.get("dataset_stats") is None:  # acting, not training on another robot's data
                 weights.check_action_size(config, checkpoint, source)
             if from_pi05:
                 weights.warn_of_differences(config, checkpoint, source)
+                weights.warn_of_unknown(type(config), checkpoint, source)
             rounded = checkpoint.get("dtype") == "bfloat16" if from_pi05 else checkpoint.get("bfloat16_rotary", False)
             config.bfloat16_rotary = rounded
             config.base_model = checkpoint.get("base_model") if Path(source).is_dir() else str(source)
         state = weights.load_state_dict(source, **hub)
+        tokenizer = checkpoint_tokenizer(weights.find_file(source, weights.PREPROCESSOR, **hub))
         with no_init_weights():
-            policy = cls(config, **kwargs)
+            policy = cls(config, **{"tokenizer": tokenizer, **kwargs})
         if from_pi05:
             policy._init_new_parameters()
         weights.load_weights(policy, state, source, new=from_pi05)
@@ -183,7 +208,16 @@ class OFPPolicy(FlowMapPolicy):
                 f"token {extent.largest_token} is outside the vocabulary of {self.config.vocabulary_size}: the "
                 "tokenizer is not this checkpoint's, see --policy.tokenizer_name and --policy.vocabulary_size"
             )
+        if extent.longest == tokens.shape[1]:  # no padding in one of the rows
+            self._require_whole_prompts(batch.get(TASK), mask)
         return Observation([batch[key] for key in keys], tokens, mask, extent)
+
+    def _require_whole_prompts(self, prompts: Any, mask: Tensor) -> None:
+        """Raises ValueError where a prompt was cut. prompts: as the processors leave them in a batch, else nothing."""
+        if prompts is None:
+            return
+        self._loaded_tokenizer = self._loaded_tokenizer or self._tokenizer.load()
+        require_whole(prompts, mask, self._loaded_tokenizer)
 
     def _prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Images (b, cameras, 3, h, w) in [-1, 1] of the cameras present, tokens and their mask, padding cut."""
@@ -245,7 +279,8 @@ class OFPPolicy(FlowMapPolicy):
             self.eval()
         observation = self._observe(batch)
         b, device = len(observation.tokens), self.model.action_in_proj.weight.device
-        rest = self._usable_rest(prev_chunk_left_over, b, device)
+        padded_to = self.config.rtc_config.execution_horizon if self._rtc_enabled() else None
+        rest = self._usable_rest(prev_chunk_left_over, b, device, padded_to)
         if rest is not None and self._rtc_enabled() and self.config.warm_start:
             self._require_whole_rest(prev_chunk_left_over)
 

@@ -27,6 +27,7 @@ from .network import NEW_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
+PREPROCESSOR = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
 PREFIX = "model."  # LeRobot's policy holds the network as `model`; openpi's checkpoints lack the prefix
 _HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
 _EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -49,7 +50,7 @@ def find_file(source: str | Path, filename: str, **hub: Any) -> Path | None:
     directory = Path(source)
     if directory.is_dir():
         return directory / filename if (directory / filename).is_file() else None
-    if directory.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+    if looks_local(str(source)):
         raise FileNotFoundError(f"pretrained_path {str(source)!r} is not a directory")
     try:
         return Path(hf_hub_download(repo_id=str(source), filename=filename, **hub))
@@ -63,6 +64,11 @@ def find_file(source: str | Path, filename: str, **hub: Any) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name cannot be a Hub repository's, which is one word or owner/name."""
+    return name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1
 
 
 def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
@@ -121,16 +127,30 @@ def warn_of_differences(config: OFPConfig, checkpoint: dict[str, Any], source: s
             )
 
 
+def warn_of_unknown(known: type, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Logs settings of a π₀.₅ checkpoint that this policy does not have: what they ask for is not done."""
+    unknown = {name: value for name, value in checkpoint.items() if name not in known.__dataclass_fields__}  # type: ignore[attr-defined]
+    unknown.pop("type", None)
+    asked = {name: value for name, value in sorted(unknown.items()) if value not in (None, False)}
+    if asked:
+        logger.warning(
+            "%s has settings that `ofp` does not know and does not follow: %s",
+            source,
+            ", ".join(f"{name}={json.dumps(value)}" for name, value in asked.items()),
+        )
+
+
 def _plain(value: Any) -> Any:
     return {k: getattr(v, "value", v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def check_processors(config: OFPConfig, source: str | Path, **hub: Any) -> None:
+def check_processors(config: OFPConfig, checkpoint: dict[str, Any], source: str | Path, **hub: Any) -> None:
     """Raises ValueError where settings contradict the checkpoint's own processors, which LeRobot loads with it.
 
-    A tokenizer setting would have no effect; relative actions must be on in both or in neither.
+    A tokenizer setting would have no effect; relative actions must be on in both or in neither, save that a `pi05`
+    checkpoint, which may be a base model for any robot, is only warned of. checkpoint: its config.json.
     """
-    filename = f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    filename = PREPROCESSOR
     path = find_file(source, filename, **hub)
     if path is None:
         return
@@ -149,6 +169,11 @@ def check_processors(config: OFPConfig, source: str | Path, **hub: Any) -> None:
     relative = steps.get("relative_actions_processor")
     if relative is not None and relative.get("enabled") and not config.use_relative_actions:
         raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
+    if relative is not None and not relative.get("enabled") and config.use_relative_actions:
+        told = f"{source} was trained on absolute actions, use_relative_actions=true makes them relative"
+        if checkpoint.get("type") == "ofp":
+            raise ValueError(f"{told}: set --policy.use_relative_actions=false")
+        logger.warning("%s: right for a base model, wrong for one that was trained on this robot", told)
     if relative is None and config.use_relative_actions:
         raise ValueError(
             f"the processors of {source} cannot make actions relative: set --policy.use_relative_actions=false, or add "

@@ -12,6 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
 from ...flow_map.path import sample_chunk
+from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..training_state import load_training_state, resumed_from, state_path
 from .configuration_ofp_unet import OFPUnetConfig
@@ -26,10 +27,11 @@ class OFPUnetPolicy(FlowMapPolicy):
     encoder = "encoder."
 
     def __init__(self, config: OFPUnetConfig, dataset_stats: Any = None, **kwargs: Any) -> None:
-        """dataset_stats: not read, normalisation is the processors' work. Raises ValueError on bad settings."""
+        """dataset_stats: only checked, normalisation is the processors' work. Raises ValueError on bad settings."""
         super().__init__(config)
         config.require_device()
         config.validate_features()
+        require_usable_statistics(config, dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
         self._init_training()
 

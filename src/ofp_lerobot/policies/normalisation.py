@@ -1,0 +1,207 @@
+"""Whether statistics can normalise what they are of, asked before training, before a verdict and by the servers.
+
+LeRobot normalises whatever it is given: a gripper that closed in 1 of 120 frames has q01 = q99, and its closed
+positions become 2e8. The test is what its formula makes of the smallest and the largest value that the data hold.
+Statistics: feature -> name ("q01", "q99", "min", …) -> values (n,), in the data's units.
+"""
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.utils.constants import ACTION
+
+logger = logging.getLogger(__name__)
+
+Statistics = Mapping[str, Mapping[str, Any]]
+Mapped = Mapping[Any, NormalizationMode]  # LeRobot's normalization_mapping
+
+BOUNDS = {
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+}
+"""What a normalisation needs of a feature's statistics."""
+
+_EPSILON = 1e-8  # LeRobot's, in place of a range that is 0 and beside a deviation
+# Largest normalised values that are worth a warning, and that stop a run. Quantiles hold 98 (80) in 100 values within
+# ±1. A value of n can be √n deviations from their mean, so a deviation stops a run only where no dataset explains it.
+_WARN = {NormalizationMode.MEAN_STD: 100.0}, 10.0
+_STOP = {NormalizationMode.MEAN_STD: 10_000.0}, 100.0
+FAR = 3.0  # half of a dimension's values beyond this: the statistics are of other data
+
+RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats --operation.overwrite=true"
+
+
+class Problem(NamedTuple):
+    """One dimension that the statistics do not fit.
+
+    kind: "broken" (NaN, infinite, upside down or of another size), "narrow" (values leave the network's range) or
+    "wide" (they may be rare but far). text: dimension and values, a sentence without its end.
+    """
+
+    key: str
+    kind: Literal["broken", "narrow", "wide"]
+    text: str
+
+
+def find_problems(
+    statistics: Statistics,
+    features: Mapping[str, PolicyFeature],
+    mapping: Mapped,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> list[Problem]:
+    """What is wrong with the statistics of `features`, by LeRobot's formulas in float32; images are left out.
+
+    Constant dimensions are fine, statistics that lack what the mode needs are another check's. Where min and max are
+    not known, the deviation tells how far the data go at least. names: of a feature's dimensions.
+    """
+    found = []
+    for key, feature in features.items():
+        mode = mapping.get(feature.type, NormalizationMode.IDENTITY)
+        known = {name: _flat(value) for name, value in statistics.get(key, {}).items()}
+        if feature.type is FeatureType.VISUAL or mode not in BOUNDS or not set(BOUNDS[mode]) <= known.keys():
+            continue
+        found += _of_feature(key, int(np.prod(feature.shape)), mode, known, (names or {}).get(key, ()))
+    return found
+
+
+def _of_feature(
+    key: str, size: int, mode: NormalizationMode, known: Mapping[str, np.ndarray], names: Sequence[str]
+) -> list[Problem]:
+    needed = BOUNDS[mode]
+    if wrong := [name for name in needed if len(known[name]) != size]:
+        told = f"{key}: {wrong[0]} has {len(known[wrong[0]])} values, the data {size} dimensions"
+        return [Problem(key, "broken", told)]
+    low, high = (known[name] for name in needed)
+    smallest, largest = _extent(known, size, needed)
+    problems = []
+    for i in range(size):
+        where = f"{key}[{i}]{f' ({names[i]})' if len(names) == size else ''}"
+        values = f"{needed[0]}={_number(low[i])}, {needed[1]}={_number(high[i])}"
+        if not (np.isfinite(low[i]) and np.isfinite(high[i])):
+            problems.append(Problem(key, "broken", f"{where}: {values}"))
+            continue
+        if high[i] < (0 if mode is NormalizationMode.MEAN_STD else low[i]):
+            problems.append(Problem(key, "broken", f"{where}: {values}, upside down"))
+            continue
+        if not (np.isfinite(smallest[i]) and np.isfinite(largest[i])):
+            extent = f"min={_number(smallest[i])}, max={_number(largest[i])}"
+            problems.append(
+                Problem(key, "broken", f"{where}: {values}, {extent}: the data hold NaN or infinite values")
+            )
+            continue
+        with np.errstate(over="ignore"):
+            reach = max(float(abs(normalise(value[i], low[i], high[i], mode))) for value in (smallest, largest))
+        if reach <= _limit(_WARN, mode):
+            continue
+        kind: Literal["narrow", "wide"] = "narrow" if reach > _limit(_STOP, mode) else "wide"
+        extent = f"the data reach from {_number(smallest[i])} to {_number(largest[i])}"
+        problems.append(Problem(key, kind, f"{where}: {values}, {extent}, normalised up to {reach:.3g}"))
+    return problems
+
+
+def _flat(value: Any) -> np.ndarray:
+    """Float32, as LeRobot normalises, of a tensor on any device, an array or a list."""
+    value = value.detach().float().cpu().numpy() if hasattr(value, "detach") else value
+    with np.errstate(over="ignore"):
+        return np.atleast_1d(np.asarray(value, np.float64).astype(np.float32)).reshape(-1)
+
+
+def _extent(known: Mapping[str, np.ndarray], size: int, needed: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Values that the data reach, (size,) each; one that is surely among them where nothing tells more."""
+    if all(name in known and len(known[name]) == size for name in ("min", "max")):
+        return known["min"], known["max"]
+    if all(name in known and len(known[name]) == size for name in ("mean", "std")):
+        mean, low = known["mean"], known[needed[0]]
+        std = np.where(np.abs(known["std"]) > 1e-6 * np.abs(mean), known["std"], 0)  # a constant's is rounding
+        return np.where(std > 0, mean - std, low), np.where(std > 0, mean + std, low)
+    return known[needed[0]], known[needed[0]]
+
+
+def normalise(values: Any, low: Any, high: Any, mode: NormalizationMode) -> np.ndarray:
+    """LeRobot's formula; low and high as of `BOUNDS`, everything (…, n) or broadcast to it, float32."""
+    values, low, high = (np.asarray(x, np.float32) for x in (values, low, high))
+    if mode is NormalizationMode.MEAN_STD:
+        return (values - low) / (high + np.float32(_EPSILON))
+    width = high - low
+    return 2 * (values - low) / np.where(width == 0, np.float32(_EPSILON), width) - 1
+
+
+def _limit(limits: tuple[dict[NormalizationMode, float], float], mode: NormalizationMode) -> float:
+    return limits[0].get(mode, limits[1])
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.4g}"
+
+
+def cure(problems: Collection[Problem], features: Mapping[str, PolicyFeature], mapping: Mapped) -> str:
+    """What to do about the statistics of a dataset, as a sentence."""
+    if any(problem.kind == "broken" for problem in problems):
+        return f"Compute them anew: {RECOMPUTE} --repo_id=<dataset>"
+    types = {features[problem.key].type for problem in problems}
+    changed = {
+        **{getattr(kind, "value", kind): mode.value for kind, mode in mapping.items()},
+        **{kind.value: NormalizationMode.MIN_MAX.value for kind in types},
+    }
+    return (
+        "Normalise by the smallest and largest value, "
+        f"--policy.normalization_mapping='{json.dumps(changed)}', or widen the named statistics in the dataset's "
+        "meta/stats.json; a mistake in the data itself has to be mended there"
+    )
+
+
+def require_usable_statistics(config: Any, statistics: Statistics | None, binned: Collection[str] = ()) -> None:
+    """Raises ValueError where a dataset's statistics would spoil training, warns where they may.
+
+    config: a policy's. binned: features of which it only reads bins, so that values far outside lose detail, no more.
+    """
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    mapping = config.normalization_mapping
+    names = {ACTION: getattr(config, "action_feature_names", None) or ()}
+    problems = find_problems(statistics or {}, features, mapping, names)
+    severe = [p for p in problems if p.kind == "broken" or (p.kind == "narrow" and p.key not in binned)]
+    told = "the statistics cannot normalise these data" if severe else "the statistics hardly fit these data"
+    text = f"{told}: {'; '.join(p.text for p in severe or problems)}. {cure(severe or problems, features, mapping)}"
+    if severe:
+        raise ValueError(text)
+    if problems:
+        logger.warning("%s", text)
+
+
+def check_first_batch(largest: Sequence[float], mode: NormalizationMode, names: Sequence[str] = ()) -> None:
+    """Raises ValueError where normalised actions are far outside, warns where they are rather far.
+
+    largest: size of the largest action of the first training batch, for each dimension. That is how statistics of
+    another dataset show: of a run that is resumed on other data, or of data that were changed afterwards.
+    """
+    if mode not in BOUNDS:
+        return
+    far = {i: value for i, value in enumerate(largest) if value > _limit(_WARN, mode)}
+    if not far:
+        return
+    told = ", ".join(
+        f"action[{i}]{f' ({names[i]})' if len(names) == len(largest) else ''} {v:.3g}" for i, v in far.items()
+    )
+    text = (
+        f"the first batch's actions are far outside once normalised ({told}; most should be within ±1): the statistics "
+        f"are of other data. Where the dataset was changed: {RECOMPUTE} --repo_id=<dataset>. Where a run is resumed on "
+        "other data than it was started with, start a new one from its weights with --policy.pretrained_path"
+    )
+    if max(far.values()) > _limit(_STOP, mode):
+        raise ValueError(text)
+    logger.warning("%s", text)
+
+
+def far_dimensions(values: np.ndarray, limit: float = FAR) -> dict[int, float]:
+    """Of normalised values (…, n) the dimensions of which half are beyond `limit`, with the median size there."""
+    if not np.size(values):
+        return {}
+    flat = np.abs(np.asarray(values, np.float64)).reshape(-1, np.shape(values)[-1])
+    medians = np.nanmedian(np.where(np.isfinite(flat), flat, np.inf), axis=0)
+    return {int(i): float(medians[i]) for i in np.flatnonzero(medians > limit)}

@@ -1,0 +1,111 @@
+"""Whether a prompt fits into its tokens.
+
+π₀.₅'s prompt is "Task: …, State: …;\\nAction: ". A tokenizer cuts what is too long without a word, and the state is at
+its end: opposite states then give the same answer. Nothing is cut here; a prompt that does not fit is refused.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub.errors import HFValidationError
+from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
+from torch import Tensor
+from transformers import AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+_STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
+_SHOWN = 60  # characters of an instruction in a message
+
+
+class PromptTokenizer(NamedTuple):
+    """How prompts become tokens. name: a directory or a Hub id; length: what every prompt is padded to.
+
+    with_state: whether the prompt holds the state, as all of LeRobot's π₀.₅ do and some of openpi's do not.
+    """
+
+    name: str
+    length: int
+    with_state: bool = True
+
+    def load(self) -> Any:
+        """The tokenizer, None where it cannot be had: then whoever makes the tokens will say so."""
+        try:
+            return AutoTokenizer.from_pretrained(self.name)
+        except (OSError, ValueError, HFValidationError):
+            return None
+
+
+def checkpoint_tokenizer(path: Path | None) -> PromptTokenizer | None:
+    """What a checkpoint's preprocessor file says, None where it has no tokenizer or there is no file."""
+    if path is None or not path.is_file():
+        return None
+    steps = {step.get("registry_name"): step.get("config", {}) for step in json.loads(path.read_text())["steps"]}
+    config = steps.get("tokenizer_processor", {})
+    if not config.get("tokenizer_name"):
+        return None
+    beside = path.parent / config["tokenizer_name"]  # LeRobot after 0.6.1 saves it with the checkpoint
+    name = str(beside) if beside.is_dir() else config["tokenizer_name"]
+    return PromptTokenizer(name, config["max_length"], _STATE_STEP in steps)
+
+
+def require_whole(prompts: Any, mask: Tensor, tokenizer: Any) -> None:
+    """Raises ValueError where a prompt needs more tokens than it was given.
+
+    prompts: a string or one for each row of mask (b, text) bool, False at padding; anything else tells nothing.
+    tokenizer: None where it cannot be had, then a row without padding counts as cut. Waits for the mask's device.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list | tuple) or len(prompts) != len(mask):
+        return
+    full = mask.all(dim=1).tolist()
+    for prompt, filled in zip(prompts, full, strict=True):
+        if filled and isinstance(prompt, str):
+            needed = None if tokenizer is None else count_tokens(tokenizer, [prompt])[0]
+            if needed is None or needed > mask.shape[1]:
+                raise ValueError(too_long(prompt, needed, mask.shape[1]))
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens that each prompt needs, uncut."""
+    return [len(tokens) for tokens in tokenizer(list(prompts), truncation=False, padding=False)["input_ids"]]
+
+
+def too_long(prompt: str, needed: int | None, length: int) -> str:
+    shown = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}…"
+    needs = "fills all" if needed is None else f"needs {needed} tokens, more than the"
+    enough = "more" if needed is None else f"{needed} or more"
+    return (
+        f"the prompt {shown!r} {needs} {length} that it is given, so the state at its end would be cut: shorten the "
+        f"instruction, or give it {enough} tokens with --policy.tokenizer_max_length (a checkpoint's is max_length of "
+        f"the tokenizer_processor in its {POLICY_PREPROCESSOR_DEFAULT_NAME}.json; edit that in a copy)"
+    )
+
+
+def check_tasks(tasks: Iterable[Any], state_size: int, how: PromptTokenizer) -> None:
+    """Raises ValueError where an instruction of a dataset leaves no room for the state, warns of empty ones.
+
+    The state is taken at its longest: each of its dimensions is a bin of three digits, or -1 below the bins.
+    """
+    told = [str(task) if task is not None else "" for task in tasks]
+    if empty := sum(not task.strip() for task in told):
+        logger.warning(
+            "%d of the dataset's %d instructions are empty: the policy cannot tell these tasks apart, and the servers "
+            "refuse an empty instruction. Name them with `lerobot-edit-dataset --operation.type=modify_tasks`",
+            empty,
+            len(told),
+        )
+    tokenizer = how.load()
+    if tokenizer is None or not told:
+        return
+    bin_ = max(("255", "-1"), key=lambda text: count_tokens(tokenizer, [" ".join([text] * 8)])[0])
+    state = " ".join([bin_] * state_size)
+    cleaned = [task.strip().replace("_", " ").replace("\n", " ") for task in told]
+    prompts = [f"Task: {task}, State: {state};\nAction: " if how.with_state else f"{task}\n" for task in cleaned]
+    counts = count_tokens(tokenizer, prompts)
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    if counts[longest] > how.length:
+        raise ValueError(too_long(prompts[longest], counts[longest], how.length))

@@ -1,0 +1,105 @@
+"""Whether statistics are of absolute actions or of relative ones, which LeRobot does not tell apart.
+
+A relative action is the action minus the state at the chunk's start. Trained with statistics of the other kind a
+policy learns in a corner of its range, or far outside it, and nothing else shows it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from lerobot.processor import RelativeActionsProcessorStep
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+EPISODES, CHUNKS = 16, 512  # read at most, evenly spaced
+# Distance of statistics to what they are not of, and how much nearer the other kind must be. On joints relative and
+# absolute actions are 2 to 4 apart; 0.5 is about 40 % in the deviation.
+_APART, _NEARER = 0.5, 0.5
+
+
+class Samples(NamedTuple):
+    """Actions of a few hundred chunks, (n, a), absolute and relative, of the dimensions that may be relative."""
+
+    absolute: np.ndarray
+    relative: np.ndarray
+    dimensions: np.ndarray
+
+
+def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
+    """Raises ValueError where statistics are plainly of the other kind of actions than `use_relative_actions` says.
+
+    config: a π₀.₅ policy's. metadata: of a LeRobotDataset that is on this machine; where it is not, or has no state
+    beside the actions, nothing is said.
+    """
+    of_actions = (statistics or {}).get(ACTION, {})
+    if not {"mean", "std"} <= of_actions.keys():
+        return
+    samples = read_samples(config, metadata)
+    if samples is None:
+        return
+    mean, std = (np.asarray(of_actions[name], np.float64).reshape(-1)[samples.dimensions] for name in ("mean", "std"))
+    absolute, relative = (distance(values, mean, std) for values in (samples.absolute, samples.relative))
+    mine, other = (relative, absolute) if config.use_relative_actions else (absolute, relative)
+    if mine < _APART or other > _NEARER * mine:
+        return
+    kept = [str(name) for name in config.relative_exclude_joints]
+    if config.use_relative_actions:
+        raise ValueError(
+            "use_relative_actions=true, but the dataset's statistics are those of absolute actions: compute relative "
+            "ones with lerobot-edit-dataset --operation.type=recompute_stats --operation.relative_action=true "
+            f'--operation.chunk_size={config.chunk_size} --operation.relative_exclude_joints="{kept}" '
+            "--operation.overwrite=true --repo_id=<dataset>, or set --policy.use_relative_actions=false"
+        )
+    raise ValueError(
+        "use_relative_actions=false, but the dataset's statistics are those of relative actions: set "
+        "--policy.use_relative_actions=true, or compute absolute ones with lerobot-edit-dataset "
+        "--operation.type=recompute_stats --operation.overwrite=true --repo_id=<dataset>"
+    )
+
+
+def distance(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
+    """How far statistics (a,) are from values (n, a): offset and log ratio of the deviations, mean over dimensions.
+
+    0 where they are of these values; dimensions that hardly move do not count.
+    """
+    own_mean, own_std = values.mean(axis=0), values.std(axis=0)
+    moving = (own_std > 1e-6) & (std > 1e-6)
+    if not moving.any():
+        return 0.0
+    offset = np.abs(own_mean - mean)[moving] / (own_std + std)[moving]
+    ratio = np.abs(np.log(own_std[moving] / std[moving]))
+    return float(np.minimum(offset + ratio, 5).mean())
+
+
+def read_samples(config: Any, metadata: Any) -> Samples | None:
+    """Chunks of `config.chunk_size` as training sees them, None where the data cannot tell."""
+    features = metadata.features
+    if ACTION not in features or OBS_STATE not in features or metadata.episodes is None:
+        return None
+    size = features[ACTION]["shape"][0]
+    step = RelativeActionsProcessorStep(True, config.relative_exclude_joints or [], config.action_feature_names)
+    mask = np.array(step._build_mask(size))[: features[OBS_STATE]["shape"][0]]
+    dimensions = np.flatnonzero(mask)
+    chosen = np.unique(np.linspace(0, metadata.total_episodes - 1, EPISODES).round().astype(int))
+    pairs = list(_chunks(metadata, chosen, config.chunk_size))
+    if not pairs or not len(dimensions):
+        return None
+    absolute = np.concatenate([actions for actions, _ in pairs])[:, dimensions]
+    relative = np.concatenate([actions[:, dimensions] - state[dimensions] for actions, state in pairs])
+    return Samples(absolute, relative, dimensions)
+
+
+def _chunks(metadata: Any, episodes: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Actions (steps, a) with the state (s,) at their start; a chunk ends where its episode does."""
+    for episode in episodes:
+        path = metadata.root / metadata.get_data_file_path(int(episode))
+        if not path.is_file():
+            continue
+        table = pq.read_table(path, columns=[ACTION, OBS_STATE], filters=[("episode_index", "==", int(episode))])
+        actions, states = (np.array(table[name].to_pylist(), np.float64) for name in (ACTION, OBS_STATE))
+        if actions.ndim != 2 or states.ndim != 2:
+            continue
+        starts = np.unique(np.linspace(0, len(actions) - 1, max(CHUNKS // len(episodes), 1)).round().astype(int))
+        for start in starts:
+            yield actions[start : start + length], states[start]

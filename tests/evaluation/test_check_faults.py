@@ -1,0 +1,197 @@
+"""`ofp-check` on what users give it: paths, episodes that training has seen, statistics, prompts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ofp_lerobot.evaluation.offline import main, verdict
+from tests import runs, small
+
+GRIPPER = f"action[{small.ACTIONS - 1}]"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, dataset, tokenizer):
+    return runs.ofp_checkpoint(tmp_path_factory.mktemp("run") / "pretrained_model", dataset, tokenizer)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy" / "pretrained_model")
+
+
+def check(checkpoint, out, *flags):
+    """The command's JSON."""
+    files = (f"--json={out / 'out.json'}", f"--plot={out / 'out.png'}")
+    sizes = ("--frames=3", "--noises=2", "--latency-calls=0", "--device=cpu")
+    assert main([str(checkpoint), *files, *sizes, *map(str, flags)]) == 0
+    return json.loads((out / "out.json").read_text())
+
+
+def error(capsys, checkpoint, *flags):
+    capsys.readouterr()
+    assert (
+        main([str(checkpoint), "--frames=3", "--noises=2", "--latency-calls=0", "--device=cpu", *map(str, flags)]) == 2
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ofp-check: ")]
+    return line
+
+
+def trained_on(checkpoint, **settings):
+    (checkpoint / "train_config.json").write_text(json.dumps({"dataset": settings}))
+    return checkpoint
+
+
+# Where the data are
+
+
+@pytest.mark.parametrize("how", ["--dataset=<path>", "--root=<path>", "--dataset=local/tiny --root=<path>"])
+def test_a_dataset_by_its_path(saved, dataset, tmp_path, capsys, how):
+    found = check(saved, tmp_path, *(word.replace("<path>", str(dataset)) for word in how.split()))
+    assert found["data"]["directory"] == str(dataset) and found["data"]["episodes"] == [2]
+    assert f"data     {dataset}" in capsys.readouterr().out
+
+
+def test_a_dataset_by_a_path_from_here(saved, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(dataset.parent.parent)
+    short = f"{dataset.parent.name}/{dataset.name}"  # looks like a name on the Hub
+    assert check(saved, tmp_path, f"--dataset={short}")["data"]["directory"] == short
+
+
+def test_datasets_that_are_not_there(saved, dataset, tmp_path, capsys):
+    assert "--dataset outputs/no/such is not a directory" in error(capsys, saved, "--dataset=outputs/no/such")
+    assert f"--dataset {tmp_path} is no LeRobotDataset" in error(capsys, saved, f"--dataset={tmp_path}")
+    assert "taken for a repository on the Hub" in error(capsys, saved, "--dataset=nobody/nothing")
+    both = error(capsys, saved, f"--dataset={tmp_path}", f"--root={dataset}")
+    assert "two directories" in both
+
+
+def test_a_checkpoint_by_its_run(copied, dataset, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(copied, run / "checkpoints" / "000010" / "pretrained_model")
+    (run / "checkpoints" / "last").symlink_to("000010")
+    for name in (run, run / "checkpoints" / "last", run / "checkpoints" / "last" / "pretrained_model"):
+        found = check(name, tmp_path, f"--dataset={dataset}")
+        assert found["checkpoint"]["source"] == str(run / "checkpoints" / "last" / "pretrained_model")
+    assert "is not a directory on this machine" in error(capsys, "outputs/train/none", f"--dataset={dataset}")
+
+
+# Which episodes training has seen
+
+
+@pytest.mark.parametrize(
+    ("training", "episodes", "held_out"),
+    [
+        ({"episodes": [1, 2]}, [0], True),
+        ({"episodes": [0, 2]}, [1], True),
+        ({"episodes": [1, 2], "eval_split": 0.5}, [2], True),
+        ({"eval_split": 0.34}, [1, 2], True),
+        ({}, [2], False),
+        ({"episodes": [7]}, [2], None),  # other data of the same name
+    ],
+)
+@pytest.mark.parametrize("named", [{"repo_id": "someone/else", "root": "<path>"}, {"repo_id": "local/tiny"}])
+def test_held_out(copied, dataset, tmp_path, training, episodes, held_out, named):
+    """By the directory, whatever the data were called, and by their name."""
+    named = {key: value.replace("<path>", str(dataset)) for key, value in named.items()}
+    if held_out is None and "root" not in named:
+        pytest.skip("the same case")
+    trained_on(copied, **{"episodes": None, "eval_split": 0.0, **named, **training})
+    found = check(copied, tmp_path, f"--dataset={dataset}")["data"]
+    assert (found["episodes"], found["held_out"]) == (episodes, held_out)
+
+
+def test_held_out_by_a_relative_root(copied, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(dataset.parent)
+    trained_on(copied, repo_id="a/b", root=dataset.name, episodes=[0, 1])
+    found = check(copied, tmp_path, f"--root={dataset}")["data"]
+    assert (found["episodes"], found["held_out"]) == ([2], True)
+
+
+def test_where_it_is_not_known_the_training_data_are_named(copied, dataset, tmp_path):
+    trained_on(copied, repo_id="user/data", root=None, episodes=[0])
+    (told,) = [x for x in check(copied, tmp_path, f"--root={dataset}")["limits"] if "does not say whether" in x]
+    assert "It was trained on user/data" in told
+
+
+# Statistics
+
+
+def change_statistics(checkpoint, key="action", **changes):
+    for file in checkpoint.glob("*normalizer*.safetensors"):
+        stats = load_file(file)
+        for name, value in changes.items():
+            stats[f"{key}.{name}"][-1] = value
+        save_file(stats, file)
+
+
+def test_a_gripper_that_closes_once(copied, dataset, capsys):
+    change_statistics(copied, q01=1.0, q99=1.0, min=0.0, max=1.0)
+    message = error(capsys, copied, f"--dataset={dataset}")
+    assert f"{GRIPPER}: q01=1, q99=1, the data reach from 0 to 1" in message and "new training run" in message
+
+
+def test_statistics_that_are_no_numbers(copied, dataset, capsys):
+    change_statistics(copied, q99=float("nan"))
+    assert f"{GRIPPER}: q01=" in error(capsys, copied, f"--dataset={dataset}")
+    change_statistics(copied, q99=-50.0)
+    assert "upside down" in error(capsys, copied, f"--dataset={dataset}")
+
+
+def test_statistics_that_hardly_fit_are_told(copied, dataset, tmp_path):
+    change_statistics(copied, "observation.state", q01=0.0, q99=0.001)
+    limits = check(copied, tmp_path, f"--dataset={dataset}")["limits"]
+    assert any("hardly fit the training data: observation.state[4]: q01=0, q99=0.001" in x for x in limits)
+
+
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+def test_statistics_of_another_dataset(copied, dataset, tmp_path, key):
+    change_statistics(copied, key, q01=40.0, q99=41.0, min=39.0, max=42.0, mean=40.5, std=0.3)
+    verdicts = check(copied, tmp_path, f"--dataset={dataset}")["verdicts"]
+    assert verdicts[0]["label"] == "other_statistics" and f"{key}[4] (median size" in verdicts[0]["text"]
+    assert "as good as ten" not in " ".join(v["text"] for v in verdicts)
+
+
+def test_no_verdict_where_the_statistics_are_of_other_data():
+    good = {"error": 0.3, "spread": 0.3, "std_ratio": 1.0}
+    one = {"value": 1.0, "low": 0.98, "high": 1.05}
+    result = {
+        "normalised": dict.fromkeys(("one", "two", "ten"), good),
+        "ratios_to_ten": {way: {"error": one, "spread": one} for way in ("one", "two")},
+        "demonstrations": {"std": 1.0, "constant_error": 1.0, "far": {"action": {4: 57.3}}},
+        "bootstrap": {"unit": "episodes", "count": 12},
+    }
+    labels = [v["label"] for v in verdict.judge(result)]
+    assert labels == ["other_statistics", "not_telling", "not_telling"]
+    result["demonstrations"]["far"] = {"action": {}, "observation.state": {}}
+    assert [v["label"] for v in verdict.judge(result)] == ["as_good", "as_good"]
+
+
+def follows_the_state(frame, i):
+    frame["observation.state"] = np.full(small.STATES, 1.5 + 0.02 * i, np.float32)
+    frame["action"] = frame["observation.state"] + np.float32(0.02)
+
+
+def test_relative_actions_with_absolute_statistics(tmp_path, tokenizer, capsys):
+    data = runs.make_dataset(tmp_path / "data", change=follows_the_state)
+    saved = runs.ofp_checkpoint(tmp_path / "policy", data, tokenizer, use_relative_actions=True)
+    assert "statistics are those of absolute actions" in error(capsys, saved, f"--dataset={data}")
+
+
+# Data
+
+
+def test_a_long_instruction(saved, tmp_path, capsys):
+    data = runs.make_dataset(tmp_path / "data", task="open the window " * 8)
+    assert "tokens, more than the 32" in error(capsys, saved, f"--dataset={data}")
+
+
+def test_states_that_are_no_numbers(saved, dataset, tmp_path, capsys):
+    def breaks(frame, i):
+        frame["observation.state"][1] = np.nan if i == 13 else 0.0
+
+    data = runs.make_dataset(tmp_path / "data", change=breaks)
+    assert "NaN or infinite values in its actions or states" in error(capsys, saved, f"--dataset={data}")

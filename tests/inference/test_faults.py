@@ -1,0 +1,100 @@
+"""What a robot may send that a policy was not trained on: told at its first observation, never answered in silence."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ofp_lerobot.errors import UserError
+from ofp_lerobot.inference.observations import ObservationError
+from ofp_lerobot.inference.session import Runner
+from tests import small
+
+STATE = "observation.state"
+LONG = "open the window " * 8  # 37 tokens and more with five states, of 32
+
+
+def observation():
+    rng = np.random.default_rng(0)
+    shape = (small.SIZE, small.SIZE, 3)
+    return {
+        **{key: rng.integers(0, 256, shape, dtype=np.uint8) for key in small.CAMERAS},
+        STATE: rng.normal(size=small.STATES).astype(np.float32),
+        "task": "open the window",
+    }
+
+
+@pytest.fixture(scope="module")
+def runner(ofp):
+    return Runner.load(str(ofp), device="cpu")
+
+
+def complaints(caplog):
+    return [record.getMessage() for record in caplog.records if "is far from what" in record.getMessage()]
+
+
+def test_a_state_in_other_units_is_told_of_once_a_session(runner, caplog):
+    caplog.set_level(logging.WARNING)
+    runner.warm_up()
+    session, strange = runner.session(seed=0), observation()
+    strange[STATE] = np.float32([0.1, 90.0, 0.1, 0.1, 0.1])  # degrees
+    session.infer(strange)
+    (told,) = complaints(caplog)
+    assert "[1] is 90 (training: " in told and "Check units" in told and "[0]" not in told
+    session.infer(strange)
+    assert len(complaints(caplog)) == 1
+    runner.session(seed=1).infer(strange)
+    assert len(complaints(caplog)) == 2
+
+
+def test_a_state_like_the_training_datas_is_not(runner, caplog):
+    caplog.set_level(logging.WARNING)
+    runner.session(seed=0).infer(observation())
+    assert not complaints(caplog)
+
+
+def test_a_dimension_that_never_moved_in_training(ofp, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    copy = change_statistics(ofp, tmp_path, STATE, q01=0.3, q99=0.3, min=0.3, max=0.3, mean=0.3, std=0.0)
+    runner, sent = Runner.load(str(copy), device="cpu"), observation()
+    sent[STATE] = np.float32([0, 0, 0, 0, 0.3])
+    runner.session(seed=0).infer(sent)
+    assert not complaints(caplog)
+    sent[STATE][4] = 0.5
+    runner.session(seed=0).infer(sent)
+    assert "[4] is 0.5 (training: 0.3 to 0.3)" in complaints(caplog)[0]
+
+
+@pytest.mark.parametrize("kind", ["ofp", "pi05"])
+def test_an_instruction_that_leaves_no_room_for_the_state(request, kind):
+    with small.shrunk_stock():
+        runner = Runner.load(str(request.getfixturevalue(kind)), device="cpu")
+        session = runner.session(seed=0)
+        with pytest.raises(ObservationError, match=r"needs \d\d tokens, more than the 32"):
+            session.infer({**observation(), "task": LONG})
+        session.infer(observation())  # the next one is answered
+
+
+def change_statistics(checkpoint, tmp_path, key, **changes):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    for file in copy.glob("*normalizer*.safetensors"):
+        stats = load_file(file)
+        for name, value in changes.items():
+            stats[f"{key}.{name}"][-1] = value
+        save_file(stats, file)
+    return copy
+
+
+def test_statistics_that_are_no_numbers(ofp, tmp_path):
+    copy = change_statistics(ofp, tmp_path, "action", q99=float("inf"))
+    with pytest.raises(UserError, match=r"action\[4\]: q01=.*q99=inf.*recompute_stats"):
+        Runner.load(str(copy), device="cpu")
+
+
+def test_statistics_that_hardly_fit_are_told_and_served(ofp, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    copy = change_statistics(ofp, tmp_path, "action", q01=1.0, q99=1.0, min=0.0, max=1.0)
+    Runner.load(str(copy), device="cpu").session(seed=0).infer(observation())
+    assert "hardly fit its training data: action[4]" in caplog.text
