@@ -1,18 +1,28 @@
 # Needs Python 3.12 only; uv is used where it runs.
 PYTHON ?= python3.12
-VENV ?= .venv
+# With LEROBOT=<a checkout of LeRobot> the tests run on that one, in an environment of their own, and with
+# WITH="'transformers==5.22.*'" or the like on other versions than it asks for.
+LEROBOT ?=
+WITH ?=
+VENV ?= $(if $(LEROBOT),outputs/lerobot-env,.venv)
 BIN := $(VENV)/bin
 OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-fast lint bench clean
 
 quickstart: $(VENV)/.ready-test
 	$(BIN)/python -m examples.quickstart
 
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint
+	@echo "All tests: about half an hour on 2 cores, dots by the minute. make test-fast is a few minutes."
 	$(BIN)/python -m pytest
+
+# Without whole commands, LeRobot's scripts and simulators.
+test-fast: $(VENV)/.ready-test
+	@echo "The fast tests: a few minutes on 2 cores."
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
@@ -26,7 +36,11 @@ bench: $(VENV)/.ready-test
 
 # One environment for both commands, made once and again when what it holds changes.
 $(VENV)/.ready-test: pyproject.toml constraints.txt
-	@PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"
+	@if [ -n "$(LEROBOT)" ]; then \
+	  bash tests/lerobot_environment.sh $(VENV) "$(LEROBOT)" $(WITH); \
+	else \
+	  PYTHON="$(PYTHON)" .ci/environment $(VENV) -c constraints.txt -e ".[dev]"; \
+	fi
 	@touch $@
 
 # openpi's client wants numpy below 2, so it lives beside the environment it is tested against.

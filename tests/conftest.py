@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,34 @@ def pytest_ignore_collect(collection_path, config):
     if _gpu_only(config) and collection_path.suffix == ".py" and collection_path.name != "conftest.py":
         return "mark.gpu" not in collection_path.read_text() or None
     return None
+
+
+# Whole commands, LeRobot's scripts, simulators and processes. `make test-fast` leaves them out.
+SLOW = (
+    "benchmarks",
+    "evaluation/test_check.py",
+    "evaluation/test_check_faults.py",
+    "evaluation/test_compare.py",
+    "examples",
+    "inference/test_faults.py",
+    "interop/test_export.py",
+    "interop/test_golden.py",
+    "lerobot",
+    "policies/engine",
+    "recipes",
+    "robotwin_eval",
+    "serving/test_lerobot_async.py",
+    "test_environment.py",
+    "test_policies_and_commands.py",
+    "test_versions.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if any(place == slow or place.startswith(f"{slow}/") for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 def _gpu_only(config):

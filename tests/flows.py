@@ -59,3 +59,19 @@ class Gaussian:
         """Mean and standard deviation of a given x_t = x."""
         gain = (1 - t) * self.std**2 / self.sigma(t) ** 2
         return self.mean + gain * (x - (1 - t) * self.mean), self.std * t / self.sigma(t)
+
+
+class Mixture:
+    """The flow's velocity of an even mixture of one-dimensional Gaussians, entry by entry."""
+
+    def __init__(self, means: list[float], std: float):
+        self.parts, self.std = [Gaussian(mean, std) for mean in means], std
+
+    def density(self, a):
+        return sum(torch.exp(-((a - part.mean) ** 2) / (2 * self.std**2)) for part in self.parts)
+
+    def velocity(self, x, t):
+        """E[ε − a ∣ x_t = x]: the parts' own, weighted by their share of the density at x."""
+        share = torch.stack([torch.exp(-((x - (1 - t) * p.mean) ** 2) / (2 * p.sigma(t) ** 2)) for p in self.parts])
+        share = share / share.sum(dim=0)
+        return (share * torch.stack([part.velocity(x, t) for part in self.parts])).sum(dim=0)

@@ -70,7 +70,6 @@ def policy_flags(tokenizer: Path | None = None, **changes) -> list[str]:
         "n_action_steps": 4,
         "max_action_dim": 8,
         "push_to_hub": "false",
-        "schedule_steps": 6,
         **({"tokenizer_name": tokenizer, "tokenizer_max_length": 32} if tokenizer else {}),
         **changes,
     }
@@ -89,7 +88,6 @@ def train_flags(dataset: Path, output: Path, **changes) -> list[str]:
         "num_workers": 0,
         "seed": 7,
         "env_eval_freq": 0,
-        "wandb.enable": "false",
         **changes,
     }
     return [f"--{name}={value}" for name, value in flags.items()]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each may import what stands before it. Layers in one line know nothing of each other.
 LAYERS = (
-    {"errors", "arguments", "files", "recipes"},
+    {"errors", "arguments", "files", "recipes", "compat"},
     {"devices"},
     {"flow_map"},
     {"objectives"},

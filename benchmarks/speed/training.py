@@ -30,17 +30,17 @@ from tqdm import tqdm
 from benchmarks.speed.counting import host_reads
 from benchmarks.speed.presets import PRESETS, Preset, as_on_a_gpu, make_batch, make_ofp, make_stock
 from ofp_lerobot.evaluation.provenance import provenance
+from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.text import TEXT_EXTENT
 
 MODES: dict[str, dict[str, Any]] = {"full": {}, "expert_only": {"train_expert_only": True}}
 COUNTED = {**MODES, "full, checkpointing": {"gradient_checkpointing": True}}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of gradients: bfloat16's own error is 1e-2
-AFTER_CONTRACTION = 0.9  # progress at which guidance is on
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "conditional": {"first_segment": "conditional", "consistency_norm": "squared", "halved_share": 0.0},
     "default": {},
-    "default and guidance": {"guidance_weight": 0.01, "condition_dropout": 0.1},
+    "default and sharpening": {"sharpening_noise": 0.3},
+    "ofp_paper": {"objective": "ofp_paper", "ofp_paper": OFPPaperSettings(contraction_steps=0)},  # guidance is on
 }
 
 
@@ -70,9 +70,8 @@ def count_stock(preset: Preset, **changes: Any) -> int:
 def count_ours(preset: Preset, **changes: Any) -> int:
     """FLOPs of forward and backward of our whole training step, batch 1, text not cut."""
     with weightless():
-        policy, batch = make_ofp(preset, monitor_freq=0, schedule_steps=100, **changes), make_batch(preset, 1)
+        policy, batch = make_ofp(preset, monitor_freq=0, **changes), make_batch(preset, 1)
         policy.train()
-        policy._step = int(AFTER_CONTRACTION * 100)
         batch[TEXT_EXTENT] = batch[TEXT_EXTENT]._replace(longest=preset.text)
         policy._log = lambda _: {}  # type: ignore[method-assign]  # fake tensors have no values to read
         with FlopCounterMode(display=False) as counter:
@@ -185,8 +184,7 @@ def _rounding(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ours(preset: Preset, device: str, changes: dict[str, Any]) -> OFPPolicy:
-    method = {"monitor_freq": 0, "schedule_steps": 1000, "contraction_fraction": 0.0}
-    return make_ofp(preset, device, **method, **_rounding(changes), **changes)
+    return make_ofp(preset, device, monitor_freq=0, **_rounding(changes), **changes)
 
 
 def peaks(preset: Preset, device: str, batch_size: int, **changes: Any) -> dict[str, int | None]:

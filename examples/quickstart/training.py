@@ -69,7 +69,6 @@ def branch_flags(training: Training, objective: str, base: Path) -> dict[str, ob
 def _common_flags(training: Training, steps: int, learning_rate: float, last: float) -> dict[str, object]:
     return {
         "policy.num_noise_draws": training.noise_draws,
-        "policy.schedule_steps": steps,
         "policy.monitor_freq": 0,
         "policy.optimizer_lr": learning_rate,
         "policy.scheduler_warmup_steps": 30,
@@ -81,7 +80,6 @@ def _common_flags(training: Training, steps: int, learning_rate: float, last: fl
         "save_freq": 0,
         "log_freq": 50,
         "env_eval_freq": 0,
-        "wandb.enable": "false",
     }
 
 

@@ -257,7 +257,7 @@ def test_teacher(copied, dataset, tmp_path, result):
 def as_pi05(checkpoint):
     """The checkpoint as one of LeRobot's `pi05`: its type, no target-time branch."""
     config = json.loads((checkpoint / "config.json").read_text())
-    for name in ("sampler", "warm_start", "objective", "schedule_steps"):
+    for name in ("sampler", "warm_start", "objective", "ofp_paper"):
         del config[name]
     settings = {"type": "pi05", "tokenizer_max_length": 32, "num_inference_steps": 10, "compile_model": True}
     (checkpoint / "config.json").write_text(json.dumps({**config, **settings, "an_option_of_tomorrow": 1}))
@@ -293,6 +293,8 @@ def test_adapter(saved, tmp_path):
     peft.config.save_pretrained(adapter)
     for file in saved.glob("policy_*"):
         shutil.copy(file, adapter)
+    if (saved / "tokenizer").is_dir():  # LeRobot saves it with the processors since 0.6.2
+        shutil.copytree(saved / "tokenizer", adapter / "tokenizer")
     loaded = load_policy(adapter, device="cpu", rename_map=None).policy
     batch, noise = small.batch(2), torch.randn(2, 1, small.HORIZON, 8)
     with torch.no_grad():
@@ -465,7 +467,7 @@ def measured(*, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constan
         (measured(error=(1.1, 0.9, 1.3)), "undecided", "more frames or episodes"),
         (measured(spread=0.2), "collapsed", "one step has collapsed: spread 0.20 of ten steps' (healthy 0.7 to 1.4)"),
         (measured(few={"std_ratio": 0.5}), "collapsed", "0.50 times the demonstrations' deviation"),
-        (measured(few={"std_ratio": 1.8}), "over_guided", "lower --policy.guidance_weight"),
+        (measured(few={"std_ratio": 1.8}), "over_guided", "lower --policy.consistency_weight"),
         (measured(few={"std_ratio": 1.8}, ten={"std_ratio": 1.9}), "wrong_size", "training diverged"),
         (measured(spread=1.9), "scattered", "noisier than ten"),
         (measured(spread=0.2, few={"spread": 0.01}, ten={"spread": 0.04}), "as_good", "the spread cannot tell"),

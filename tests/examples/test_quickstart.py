@@ -115,8 +115,8 @@ def test_the_branches_differ_in_their_objective_only(tmp_path):
     ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
     assert {key for key in ofp if ofp[key] != flow[key]} == {"policy.objective"}
     base = training.base_flags(settings, tmp_path, 100, 64)
-    assert base["steps"] == base["policy.schedule_steps"] == settings.base_steps
-    assert ofp["steps"] == ofp["policy.schedule_steps"] == settings.steps
+    assert base["steps"] == base["policy.scheduler_decay_steps"] == settings.base_steps
+    assert ofp["steps"] == ofp["policy.scheduler_decay_steps"] == settings.steps
 
 
 def fake_lerobot_train(directory, code):

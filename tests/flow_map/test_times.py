@@ -8,7 +8,16 @@ import pytest
 import torch
 from scipy import stats
 
-from ofp_lerobot.flow_map.times import MIN_GAP, contraction, grid_intervals, halve, power_times, segments, uniform
+from ofp_lerobot.flow_map.times import (
+    MIN_GAP,
+    contraction,
+    grid_intervals,
+    halves,
+    intervals,
+    power_times,
+    segments,
+    uniform,
+)
 
 N = 40_000
 P_VALUE = 1e-3  # the draws are seeded, so a test passes always or never
@@ -39,7 +48,7 @@ def test_power_times_are_beta(alpha, scale, offset):
 
 @pytest.mark.parametrize("rho", [1.0, 0.25, 0.05])
 def test_segments_are_ordered(rho):
-    t, m, r, kappa, *_ = segments(N, generator(), rho=rho)
+    t, m, r, kappa = segments(N, generator(), rho=rho)
     rounding = 1e-6
     assert all(x.shape == (N,) and x.dtype == torch.float32 for x in (t, m, r, kappa))
     assert bool((r >= 0).all() and (t <= 1).all())
@@ -52,7 +61,7 @@ def test_segments_are_ordered(rho):
 
 def test_shares_of_the_intervals():
     """Half reach the action; half of those start at noise, the others at t ~ U(MIN_GAP, 1)."""
-    t, _, r, *_ = segments(N, generator(), rho=0.25)
+    t, r = intervals(N, generator())
     to_action, from_noise = r == 0, t == 1
     deviation = 4 * 0.5 / math.sqrt(N)
     assert float(to_action.double().mean()) == pytest.approx(0.5, abs=deviation)
@@ -62,7 +71,7 @@ def test_shares_of_the_intervals():
 
 
 def test_inner_intervals_are_two_sorted_uniforms_with_a_gap():
-    t, _, r, *_ = segments(N, generator(), rho=0.25)
+    t, r = intervals(N, generator())
     inner = r > 0
     low, high = r[inner] / (1 - MIN_GAP), (t[inner] - MIN_GAP) / (1 - MIN_GAP)
     assert_distribution(low, stats.beta(1, 2))
@@ -71,7 +80,7 @@ def test_inner_intervals_are_two_sorted_uniforms_with_a_gap():
 
 
 def test_first_segments_do_not_depend_on_the_interval():
-    t, _, r, kappa, *_ = segments(N, generator(), rho=1.0)
+    t, _, r, kappa = segments(N, generator(), rho=1.0)
     for other in (t, r):
         assert abs(np.corrcoef(kappa.numpy(), other.numpy())[0, 1]) < 4 / math.sqrt(N)
 
@@ -83,22 +92,28 @@ def test_draws_follow_the_generator():
         segments(50, generator(4), rho=0.5),
         strict=True,
     ):
-        assert torch.equal(first, second) and (first.dtype == torch.bool or not torch.equal(first, third))
+        assert torch.equal(first, second) and not torch.equal(first, third)
 
 
 def test_contraction_endpoints_and_shape():
-    schedule = {"start": 0.25, "end": 0.05, "fraction": 0.5}
-    assert contraction(0.0, **schedule) == pytest.approx(0.25)
-    assert contraction(0.25, **schedule) == pytest.approx(0.15)
-    assert contraction(0.125, **schedule) == pytest.approx(0.05 + 0.2 * math.cos(math.pi / 8) ** 2)
-    for progress in (0.5, 0.75, 1.0, 3.0):
-        assert contraction(progress, **schedule) == pytest.approx(0.05)
-    values = [contraction(x, **schedule) for x in np.linspace(0, 0.5, 50)]
+    schedule = {"start": 0.25, "end": 0.05, "steps": 500}
+    assert contraction(0, **schedule) == pytest.approx(0.25)
+    assert contraction(250, **schedule) == pytest.approx(0.15)
+    assert contraction(125, **schedule) == pytest.approx(0.05 + 0.2 * math.cos(math.pi / 8) ** 2)
+    for step in (500, 750, 3000):
+        assert contraction(step, **schedule) == pytest.approx(0.05)
+    values = [contraction(step, **schedule) for step in range(0, 500, 10)]
     assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def test_contraction_without_a_schedule_is_its_end():
-    assert contraction(0.0, start=1.0, end=0.05, fraction=0.0) == pytest.approx(0.05)
+    assert contraction(0, start=1.0, end=0.05, steps=0) == pytest.approx(0.05)
+
+
+def test_cut_intervals_are_the_intervals():
+    t, r = intervals(N, generator(5))
+    cut = segments(N, generator(5), rho=0.25)
+    assert torch.equal(cut.t, t) and torch.equal(cut.r, r)
 
 
 def test_grid_intervals_are_shortcuts():
@@ -115,21 +130,15 @@ def test_grid_intervals_are_shortcuts():
     assert bool(((t * 64).frac() == 0).all() and ((t / length).frac() == 0).all())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_halved_intervals_are_cut_in_the_middle_half_of_them_on_the_grid(share):
+def test_halves_are_the_intervals_half_of_them_moved_to_the_grid():
     n = 8000
-    cut = segments(n, torch.Generator().manual_seed(0), rho=0.2)
-    assert not cut.halved.any() and not cut.narrow.any()
-    after = halve(cut, torch.Generator().manual_seed(1), share)
-    halved = after.halved
-    assert halved.double().mean().item() == pytest.approx(share, abs=0.03)
-    for before, now in zip(cut[:4], after[:4], strict=True):
-        assert torch.equal(before[~halved], now[~halved])
-    torch.testing.assert_close(after.m[halved], (after.t + after.r)[halved] / 2)
-    assert (after.kappa[halved] == 0.5).all()
-    moved = (after.t != cut.t) | (after.r != cut.r)
-    assert moved.double().mean().item() == pytest.approx(share / 2, abs=0.03) and not moved[~halved].any()
-    assert ((after.t[moved] * 64).frac() == 0).all() and ((after.r[moved] * 64).frac() == 0).all()
+    (t, r), cut = intervals(n, torch.Generator().manual_seed(0)), halves(n, torch.Generator().manual_seed(0))
+    moved = (cut.t != t) | (cut.r != r)
+    assert torch.equal(cut.t[~moved], t[~moved]) and torch.equal(cut.r[~moved], r[~moved])
+    torch.testing.assert_close(cut.m, (cut.t + cut.r) / 2)
+    # One interval in four is (1, 0) before, one in seven on the grid.
+    assert moved.double().mean().item() == pytest.approx(0.5 * (1 - 0.25 / 7), abs=0.03)
+    assert ((cut.t[moved] * 64).frac() == 0).all() and ((cut.r[moved] * 64).frac() == 0).all()
     # One in seven lengths of the grid is the narrowest.
-    assert after.narrow.double().mean().item() == pytest.approx(share / 14, abs=0.015)
-    assert ((after.t - after.r)[after.narrow] == 1 / 64).all() and moved[after.narrow].all()
+    assert cut.narrow.double().mean().item() == pytest.approx(1 / 14, abs=0.015)
+    assert ((cut.t - cut.r)[cut.narrow] == 1 / 64).all() and moved[cut.narrow].all()

@@ -24,6 +24,9 @@ from tests import runs, small
 from tests.interop.conftest import REAL_NAMES
 
 BOUNDS = {1: 1e-6, 2: 1e-5, 4: 1e-5}
+# The plain path repeats stock's arithmetic, but takes all cameras in one product: on some processors the library rounds
+# that otherwise than one camera's (seen: 0 on one Xeon, 9e-8 on another).
+SAME_ARITHMETIC = 3e-7
 
 
 def with_teacher(pretrained_model):
@@ -89,12 +92,13 @@ def teacher_policy(source):
 @pytest.mark.parametrize("weights", ["student", "ema"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_stock_code_acts_as_the_policy(trained, tmp_path, steps, weights):
-    """On observations the export has not proved itself with. One step is equal to the bit on the plain path."""
+    """On observations the export has not proved itself with. One step is the same arithmetic on the plain path."""
     assert run(trained, tmp_path / "out", steps, f"--weights={weights}", "--layout=lerobot") == 0
     policy = OFPPolicy.from_pretrained(trained) if weights == "student" else teacher_policy(trained)
     batch, noise = small.batch(1, seed=11), torch.randn(1, small.HORIZON, 8)
     answer = stock(tmp_path / "out", batch, noise)
-    assert largest(answer, ours(policy, steps, "eager", batch, noise)) <= (0.0 if steps == 1 else BOUNDS[steps])
+    bound = SAME_ARITHMETIC if steps == 1 else BOUNDS[steps]
+    assert largest(answer, ours(policy, steps, "eager", batch, noise)) <= bound
     assert largest(answer, ours(policy, steps, "sdpa", batch, noise)) <= BOUNDS[steps]
     other = 4 if steps == 1 else 1  # the branch is loud, so the number of steps matters
     assert largest(answer, ours(policy, other, "eager", batch, noise)) > 1e-2
@@ -137,7 +141,7 @@ def test_the_command_prints_what_it_proved(trained, tmp_path, capsys):
     for line in lines:
         assert float(line.split()[-2]) <= 1e-6
         if "eager, whole" in line:
-            assert float(line.split()[-2]) == 0
+            assert float(line.split()[-2]) <= SAME_ARITHMETIC
 
 
 def test_a_wrong_fold_is_refused(trained, tmp_path, monkeypatch, capsys):

@@ -126,7 +126,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _download(self, *, body: bool) -> None:
         self._remember()
-        repo, _, rest = unquote(self.path.split("?")[0]).strip("/").partition("/resolve/")
+        path = unquote(self.path.split("?")[0]).strip("/")
+        if path.startswith("api/models/") and "/revision/" in path:
+            return self._describe(*path.removeprefix("api/models/").split("/revision/"))
+        if path.startswith("api/models/") and "/tree/" in path:
+            repo, revision = path.removeprefix("api/models/").split("/tree/")
+            commit = self.hub.find(repo, revision.split("/")[0])
+            listed = (
+                [
+                    {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for n, d in commit.files.items()
+                ]
+                if commit
+                else []
+            )
+            return self._answer(200, listed)
+        repo, _, rest = path.partition("/resolve/")
         if repo not in self.hub.repos or (repo in self.hub.private and self._token() not in self.hub.readers):
             return self._answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         revision, _, filename = rest.partition("/")
@@ -138,6 +153,27 @@ class _Handler(BaseHTTPRequestHandler):
         data = commit.files[filename]
         etag = hashlib.sha256(data).hexdigest()
         self._answer(200, data if body else b"", {"X-Repo-Commit": commit.sha, "ETag": f'"{etag}"'}, length=len(data))
+
+    def _describe(self, repo: str, revision: str) -> None:
+        if repo not in self.hub.repos or (repo in self.hub.private and self._token() not in self.hub.readers):
+            return self._answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        commit = self.hub.find(repo, revision)
+        if commit is None:
+            return self._answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": name} for name in commit.files]
+        self._answer(
+            200,
+            {
+                "id": repo,
+                "modelId": repo,
+                "sha": commit.sha,
+                "siblings": siblings,
+                "tags": [],
+                "private": repo in self.hub.private,
+                "downloads": 0,
+                "likes": 0,
+            },
+        )
 
     def _receive(self) -> bytes:
         self._remember()

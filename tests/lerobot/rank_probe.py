@@ -1,13 +1,15 @@
-"""Run by `accelerate launch`: lerobot-train, and what each rank drew and ended with is written down."""
+"""Run by `accelerate launch` or torchrun: lerobot-train, and what each rank drew and ended with is written down."""
 
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from lerobot.scripts import lerobot_train
 from lerobot.utils.import_utils import register_third_party_plugins
 
+from ofp_lerobot.flow_map.ema import whole
 from ofp_lerobot.policies.ofp import modeling_ofp
 
 times, policies = [], []
@@ -15,6 +17,10 @@ times, policies = [], []
 
 def main() -> None:
     directory = Path(sys.argv.pop(1))
+    if any("dp_shard" in flag for flag in sys.argv):
+        # accelerate shards over GPUs only; what it then does runs on CPUs with gloo just as well.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     register_third_party_plugins()
     original = modeling_ofp.OFPPolicy.forward
 
@@ -47,7 +53,7 @@ def main() -> None:
             {
                 "world": self.num_processes,
                 "times": times,
-                "weights": {n: p.detach() for n, p in policy.named_parameters() if p.requires_grad},
+                "weights": {n: whole(p.detach()) for n, p in policy.named_parameters() if p.requires_grad},
                 "teacher": policy._teacher,
             },
             directory / f"rank{self.process_index}.pt",

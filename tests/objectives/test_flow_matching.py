@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ofp_lerobot.objectives import OBJECTIVES, Settings, flow_matching
+from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings, Settings, flow_matching
 from ofp_lerobot.objectives.base import masked_mean
 
 N, HORIZON, ACTION_DIM = 12, 5, 3
@@ -36,7 +36,7 @@ def batch(n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
 def test_loss_against_the_formula(recorder):
     actions, mask = batch()
     student = recorder(field)
-    losses = flow_matching(student, untouchable, actions, mask, Settings(), 0.3, generator())
+    losses = flow_matching(student, untouchable, actions, mask, Settings(), 3, generator())
     assert losses.loss.shape == (N,)
     assert student.batch_sizes == [N]
     x, t, r, keep = (value.numpy() for value in student.inputs[0])
@@ -51,14 +51,18 @@ def test_loss_against_the_formula(recorder):
     assert not losses.logs["loss_flow"].requires_grad
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(flow_time_alpha=1, flow_time_scale=0.9, flow_time_offset=0)])
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(time_sampling_beta_alpha=1, time_sampling_scale=0.9, time_sampling_offset=0)]
+)
 def test_times_and_noise_are_distributed_as_told(recorder, settings):
     actions, mask = batch(4000)
     student = recorder(field)
     flow_matching(student, untouchable, actions, mask, settings, 0.0, generator())
     x, t, *_ = (value.numpy() for value in student.inputs[0])
     noise = (x - (1 - t)[:, None, None] * actions.numpy()) / t[:, None, None]
-    times = stats.beta(settings.flow_time_alpha, 1, settings.flow_time_offset, settings.flow_time_scale)
+    times = stats.beta(
+        settings.time_sampling_beta_alpha, 1, settings.time_sampling_offset, settings.time_sampling_scale
+    )
     assert stats.kstest(t, times.cdf).pvalue > 1e-3
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
 
@@ -66,7 +70,7 @@ def test_times_and_noise_are_distributed_as_told(recorder, settings):
 def test_exact_velocity_of_a_single_action_has_no_loss(recorder):
     actions = torch.full((N, HORIZON, ACTION_DIM), 0.7)
     student = recorder(lambda x, t, r, keep: (x - 0.7) / t)
-    losses = flow_matching(student, untouchable, actions, actions > 0, Settings(), 0.0, generator())
+    losses = flow_matching(student, untouchable, actions, actions > 0, Settings(), 0, generator())
     assert losses.loss.max().item() < 1e-20
 
 
@@ -83,7 +87,7 @@ def test_every_objective_keeps_its_promises(name):
     torch.set_default_dtype(torch.float32)
     actions, mask = batch()
 
-    def run(actions, junk, progress, seed=0):
+    def run(actions, junk, step, seed=0):
         weight = torch.ones((), requires_grad=True)
 
         def velocity(x, t, r, keep=None, row=None):
@@ -91,24 +95,24 @@ def test_every_objective_keeps_its_promises(name):
             t, r, keep = (value.view(-1, 1, 1) for value in (t, r, torch.ones_like(t) if keep is None else keep))
             return weight * field(x, t, r, keep) + weight * junk * ~mask[row]
 
-        settings = Settings(guidance_weight=0.01, condition_dropout=0.1)
-        losses = OBJECTIVES[name].function(velocity, velocity, actions, mask, settings, progress, generator(seed))
+        settings = Settings(sharpening_noise=0.3, ofp_paper=OFPPaperSettings(contraction_steps=10))
+        losses = OBJECTIVES[name].function(velocity, velocity, actions, mask, settings, step, generator(seed))
         assert losses.loss.shape == (N,) and losses.loss.dtype == torch.float32
         losses.loss.mean().backward()
         return losses, weight.grad
 
-    (early, early_gradient), (late, late_gradient) = run(actions, 0.0, 0.0), run(actions, 0.0, 1.0)
+    (early, early_gradient), (late, late_gradient) = run(actions, 0.0, 0), run(actions, 0.0, 10)
     assert early.logs.keys() == late.logs.keys()
     for log in (*early.logs.values(), *late.logs.values()):
         assert log.shape == () and not log.requires_grad
     padded_steps = ~mask.any(dim=2, keepdim=True)
-    for progress, clean, gradient in ((0.0, early, early_gradient), (1.0, late, late_gradient)):
+    for step, clean, gradient in ((0, early, early_gradient), (10, late, late_gradient)):
         assert float(gradient.abs()) > 0
-        assert not torch.equal(run(actions, 0.0, progress, seed=1)[0].loss, clean.loss)
+        assert not torch.equal(run(actions, 0.0, step, seed=1)[0].loss, clean.loss)
         for same, same_gradient in (
-            run(actions, 0.0, progress),
-            run(actions + 50 * padded_steps, 0.0, progress),
-            run(actions, 50.0, progress),
+            run(actions, 0.0, step),
+            run(actions + 50 * padded_steps, 0.0, step),
+            run(actions, 50.0, step),
         ):
             assert torch.equal(same.loss, clean.loss)
             assert torch.equal(same_gradient, gradient)

@@ -1,20 +1,16 @@
-"""Each term of One-Step Flow Policy against an independent derivation in float64.
+"""Each term of the default objective against an independent derivation in float64.
 
 The velocities record their inputs; noise and times are reconstructed from those, and targets, losses and gradients
-recomputed from the formulas sample by sample. Closed forms: data that is one point, and Gaussian data, for which
-x_t ~ N((1 − t)·μ, σ_t²), σ_t² = t² + (1 − t)²·s², and the flow carries (x_t − (1 − t)·μ)/σ_t unchanged.
+recomputed from the formulas sample by sample.
 """
 
-import importlib
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from ofp_lerobot.flow_map.times import Segments
 from ofp_lerobot.objectives import Settings, ofp
 from tests.flows import (
     ACTION_DIM,
@@ -28,37 +24,31 @@ from tests.flows import (
     teacher_field,
 )
 
-SETTINGS = Settings(
-    consistency_weight=0.7, consistency_norm="squared", guidance_weight=0.03, condition_dropout=0.3, halved_share=0.0
-)
-BEFORE, AFTER = 0.2, 0.6  # progress before and after the end of the contraction
-FIRST_SEGMENTS = ["marginal", "conditional"]
+PLAIN = Settings(consistency_weight=0.7)
+SHARP = replace(PLAIN, sharpening_noise=0.3)
+BOTH = [PLAIN, SHARP]
 
 
 class Case:
-    """One evaluation, its calls as numpy arrays in blocks of one per sample."""
+    """One evaluation, its calls as numpy arrays (x, t, r, keep, output)."""
 
-    def __init__(self, recorder, settings=SETTINGS, progress=AFTER, n=N, student=student_field, teacher=teacher_field):
-        self.settings, self.n = settings, n
+    def __init__(self, recorder, settings, n=N, student=student_field, teacher=teacher_field):
+        self.n = n
         self.actions, self.mask = batch(n)
         self.student, self.teacher = recorder(student), recorder(teacher)
-        self.losses = ofp(self.student, self.teacher, self.actions, self.mask, settings, progress, generator())
+        self.losses = ofp(self.student, self.teacher, self.actions, self.mask, settings, 0, generator())
         self.losses.loss.sum().backward()
         self.a, self.count = self.actions.numpy(), self.mask.sum(dim=(1, 2)).numpy()
-        self.flow, self.consistency, *guided = self.blocks(self.student, 0)
+        self.flow, self.consistency = self.blocks(self.student, 0)
         gradient = self.student.outputs[0].grad.numpy()
-        self.gradients = [gradient[k * n : (k + 1) * n] for k in range(len(gradient) // n)]
-        self.first = self.blocks(self.teacher, 0)[0] if len(self.teacher.inputs) > 1 else None
-        self.second, *renoised = self.blocks(self.teacher, -1)
-        # The teacher is asked for [m, t] where an interval is halved, else for r = t; where it is narrow, for r = t and
-        # then for r = m.
+        self.gradients = gradient[:n], gradient[n:]
+        (self.first,), (self.second,) = self.blocks(self.teacher, 0), self.blocks(self.teacher, 1)
+        self.renoised = self.blocks(self.teacher, 2)[0] if len(self.teacher.inputs) > 2 else None
+        _, t, r, *_ = self.consistency
         self.narrow = self.second[1] == self.second[2]
-        self.halved = self.narrow | (self.first[1] != self.first[2] if self.first else False)
-        self.guided = guided[0] if guided else None
-        self.renoised = renoised
+        self.one_step = (t == 1) & (r == 0)
 
     def blocks(self, velocity, call):
-        """(x, t, r, keep, output) per block of n samples."""
         values = [value.numpy() for value in velocity.inputs[call]] + [velocity.outputs[call].detach().numpy()]
         return [
             tuple(value[k * self.n : (k + 1) * self.n] for value in values) for k in range(len(values[0]) // self.n)
@@ -71,105 +61,79 @@ class Case:
 
     def masked(self, i, values):
         """The mean over the entries of sample i that count."""
-        mask = self.mask[i]
-        entries = [values[s, d] for s in range(HORIZON) for d in range(ACTION_DIM) if mask[s, d]]
+        entries = [values[s, d] for s in range(HORIZON) for d in range(ACTION_DIM) if self.mask[i, s, d]]
         return sum(entries) / len(entries)
 
-    def flow_losses(self):
-        target = self.noise(self.flow) - self.a
-        return target, np.array([self.masked(i, (self.flow[4][i] - target[i]) ** 2) for i in range(self.n)])
-
-    def consistency_targets(self):
-        """Written out sample by sample from method.md: κ·v + (1 − κ)·u⁻(x_m, m, r)."""
+    def halves(self):
+        """Sample by sample: (where the teacher's two halves lead as a velocity, x_m)."""
         x_t, t, r, _, _ = self.consistency
-        m = self.second[1]
         noise = self.noise(self.consistency)
-        targets, kappas, mids = [], [], []
+        targets, mids = [], []
         for i in range(self.n):
-            kappa = (t[i] - m[i]) / (t[i] - r[i])
-            straight = noise[i] - self.a[i]
-            v = straight.copy()
-            if self.settings.first_segment == "marginal" or self.halved[i]:
-                end = (t[i] + r[i]) / 2 if self.halved[i] and not self.narrow[i] else t[i]
-                v[:, :REAL_DIMS] = teacher_field(x_t[i], t[i], end, 1.0)[:, :REAL_DIMS]
-                x_m = x_t[i] - (t[i] - m[i]) * v
-            else:
-                x_m = m[i] * noise[i] + (1 - m[i]) * self.a[i]
-            end = m[i] if self.narrow[i] else r[i]
-            targets.append(kappa * v + (1 - kappa) * teacher_field(x_m, m[i], end, 1.0))
-            kappas.append(kappa)
+            m = (t[i] + r[i]) / 2
+            v = noise[i] - self.a[i]
+            end = t[i] if self.narrow[i] else m
+            v[:, :REAL_DIMS] = teacher_field(x_t[i], t[i], end, 1.0)[:, :REAL_DIMS]
+            x_m = x_t[i] - (t[i] - m) * v
+            end = m if self.narrow[i] else r[i]
+            reached = x_m - (m - r[i]) * teacher_field(x_m, m, end, 1.0)
+            targets.append((x_t[i] - reached) / (t[i] - r[i]))
             mids.append(x_m)
-        return np.array(targets), np.array(kappas), np.array(mids)
+        return np.array(targets), np.array(mids)
 
-    def consistency_losses(self):
-        """(target, weight 1/max(κ, .05), squared error, the loss's derivative by weight · squared error)."""
-        target, kappa, _ = self.consistency_targets()
-        error = np.array([self.masked(i, (self.consistency[4][i] - target[i]) ** 2) for i in range(self.n)])
-        weight = 1 / np.maximum(kappa, 0.05)
-        # The pseudo-Huber norm at scale .05: length and slope of the hypotenuse over its shorter leg.
-        huber = self.settings.consistency_norm == "huber"
-        self.consistency_loss = np.hypot(np.sqrt(weight * error), 0.05) - 0.05 if huber else weight * error
-        slope = 0.5 / np.hypot(np.sqrt(weight * error), 0.05) if huber else np.ones(self.n)
-        return target, weight, error, slope
+    def targets(self):
+        """Of the self-consistency term, in real dimensions; for (1, 0) x − a′, a′ = x̃ − τ·u⁻(x̃, τ, τ)."""
+        targets, _ = self.halves()
+        if self.renoised is None:
+            return targets
+        x, t, *_ = self.renoised
+        for i in np.flatnonzero(self.one_step):
+            sharp = x[i] - t[i] * teacher_field(x[i], t[i], t[i], 1.0)
+            targets[i] = self.consistency[0][i] - sharp
+        return targets
 
     def answers(self):
-        """â = x_t − t·y, zero in padded dimensions."""
-        x, t, r, _, y = self.guided
-        assert (r == 0).all()
-        answer = x - t[:, None, None] * y
-        answer[:, :, REAL_DIMS:] = 0
-        return answer
-
-    def guidance(self):
-        """g = u⁻(x̃, t′, t′) − u⁻(x̃, t′, t′ ∣ ∅)."""
-        x, t = self.renoised[0][0], self.renoised[0][1][:, None, None]
-        return teacher_field(x, t, t, 1.0) - teacher_field(x, t, t, 0.0)
+        """Where the halves lead: zero in padded dimensions."""
+        x, t, r, *_ = self.consistency
+        answers = x - (t - r)[:, None, None] * self.halves()[0]
+        answers[..., REAL_DIMS:] = 0
+        return answers
 
     def closed_gradient(self, weight, error):
         """Of weight·mean(error²) over the entries that count, with respect to the network's output."""
         return 2 * (weight / self.count)[:, None, None] * error * self.mask.numpy()
 
 
-@pytest.fixture(params=FIRST_SEGMENTS)
-def first_segment(request):
+@pytest.fixture(params=BOTH, ids=["plain", "sharp"])
+def settings(request):
     return request.param
 
 
-@pytest.fixture(params=[(0.0, "squared"), (0.4, "huber")])
-def settings(first_segment, request):
-    share, norm = request.param
-    norm = norm if first_segment == "marginal" else "squared"
-    return replace(SETTINGS, first_segment=first_segment, halved_share=share, consistency_norm=norm)
-
-
-@pytest.mark.parametrize("progress", [0.0, BEFORE, AFTER, 1.5])
-def test_loss_is_the_sum_of_the_terms(recorder, settings, progress):
-    case = Case(recorder, settings, progress)
-    _, flow = case.flow_losses()
-    _, weight, error, _ = case.consistency_losses()
-    expected = flow + 0.7 * case.consistency_loss
+def test_loss_is_the_sum_of_the_terms(recorder, settings):
+    """The pseudo-Huber norm of the error at κ = ½: the hypotenuse of √2·error and .05, less .05."""
+    case, n = Case(recorder, settings, n=90), 90
+    target, aim = case.noise(case.flow) - case.a, case.targets()
+    flow = np.array([case.masked(i, (case.flow[4][i] - target[i]) ** 2) for i in range(n)])
+    error = np.array([case.masked(i, (case.consistency[4][i] - aim[i]) ** 2) for i in range(n)])
+    consistency = np.hypot(np.sqrt(2 * error), 0.05) - 0.05
+    np.testing.assert_allclose(case.losses.loss.detach().numpy(), flow + 0.7 * consistency, rtol=1e-9)
+    assert case.losses.loss.shape == (n,)
+    shift = [case.masked(i, (aim[i] - case.halves()[0][i]) ** 2) for i in range(n)]
     logs = {name: float(value) for name, value in case.losses.logs.items()}
-    if progress >= 0.5:
-        guidance = np.array([case.masked(i, case.guidance()[i] ** 2) for i in range(N)])
-        expected = expected + 0.03 * guidance
-        assert logs["loss_guidance"] == pytest.approx(guidance.mean())
-        assert logs["guidance_norm"] == pytest.approx(np.sqrt(guidance.mean()))
-    else:
-        assert case.guided is None and logs["loss_guidance"] == logs["guidance_norm"] == 0
-    assert case.losses.loss.shape == (N,)
-    np.testing.assert_allclose(case.losses.loss.detach().numpy(), expected, rtol=1e-9)
+    assert logs.keys() == {"loss_flow", "loss_consistency", "consistency_error", "sharpening_shift"}
     assert logs["loss_flow"] == pytest.approx(flow.mean())
-    assert logs["loss_consistency"] == pytest.approx(case.consistency_loss.mean())
-    assert logs["consistency_error"] == pytest.approx((weight**2 * error).mean())
-    assert logs["contraction"] == pytest.approx(0.05 + 0.1 * (1 + np.cos(np.pi * min(progress / 0.5, 1))))
+    assert logs["loss_consistency"] == pytest.approx(consistency.mean())
+    assert logs["consistency_error"] == pytest.approx(error.mean())
+    assert logs["sharpening_shift"] == pytest.approx(np.sqrt(np.mean(shift)), abs=1e-12)
+    assert (logs["sharpening_shift"] > 0) == (settings is SHARP)
 
 
 def test_boundary_anchoring(recorder, settings):
     """r = t, π₀.₅'s times, standard normal noise, gradient of ‖u − (ε − a)‖²."""
     case = Case(recorder, settings, n=3000)
-    _, t, r, _, u = case.flow
+    _, t, r, keep, u = case.flow
     noise = case.noise(case.flow)
-    assert (t == r).all()
+    assert (t == r).all() and keep.all()
     assert stats.kstest(t, stats.beta(1.5, 1, 0.001, 0.999).cdf).pvalue > 1e-3
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
     expected = case.closed_gradient(np.ones(case.n), u - (noise - case.a))
@@ -177,204 +141,89 @@ def test_boundary_anchoring(recorder, settings):
 
 
 def test_self_consistency(recorder, settings):
-    """The teacher sees x_m at (m, r), κ ~ U(0, ρ), and the gradient is that of h(‖u − target‖²/max(κ, .05))."""
-    case = Case(recorder, settings, BEFORE, n=3000)
-    _, _, r, _, u = case.consistency
+    """The teacher goes t → m → r, and the gradient is that of √(2·‖u − target‖² + c²)."""
+    case = Case(recorder, settings, n=3000)
+    x_t, t, r, keep, u = case.consistency
     noise = case.noise(case.consistency)
-    target, kappa, x_m = case.consistency_targets()
-    x_seen, m, r_seen, keep, _ = case.second
-    np.testing.assert_allclose(x_seen, x_m, atol=1e-12)
-    assert (r_seen == np.where(case.narrow, m, r)).all() and keep.all()
-    assert (case.consistency[1] - r)[case.narrow] == pytest.approx(1 / 64)
-    assert case.narrow.mean() == pytest.approx(settings.halved_share / 14, abs=0.02)
-    rho = 0.05 + 0.1 * (1 + np.cos(np.pi * BEFORE / 0.5))
-    assert stats.kstest(kappa[~case.halved], stats.uniform(0, rho).cdf).pvalue > 1e-3
-    np.testing.assert_allclose(kappa[case.halved], 0.5, atol=1e-9)
-    assert case.halved.mean() == pytest.approx(settings.halved_share, abs=0.04)
+    m = (t + r) / 2
+    np.testing.assert_array_equal(case.first[0], x_t)
+    assert (case.first[1] == t).all() and (case.first[2] == np.where(case.narrow, t, m)).all()
+    np.testing.assert_allclose(case.second[0], case.halves()[1], atol=1e-12)
+    assert (case.second[1] == m).all() and (case.second[2] == np.where(case.narrow, m, r)).all()
+    assert keep.all() and case.first[3].all() and case.second[3].all()
+    np.testing.assert_allclose((t - r)[case.narrow], 1 / 64)
+    assert case.narrow.mean() == pytest.approx(1 / 14, abs=0.02)
+    assert case.one_step.mean() == pytest.approx(1 / 8 + 1 / 14, abs=0.03)
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
     assert abs(np.corrcoef(noise.ravel(), case.noise(case.flow).ravel())[0, 1]) < 4 / np.sqrt(noise.size)
-    *_, slope = case.consistency_losses()
-    expected = case.closed_gradient(0.7 * slope / np.maximum(kappa, 0.05), u - target)
+    error = u - case.targets()
+    square = np.array([case.masked(i, error[i] ** 2) for i in range(case.n)])
+    expected = case.closed_gradient(0.7 / np.hypot(np.sqrt(2 * square), 0.05), error)
     np.testing.assert_allclose(case.gradients[1], expected, atol=1e-9)
 
 
-def test_marginal_first_segment_is_the_teachers_instantaneous_velocity(recorder):
-    case = Case(recorder, replace(SETTINGS, first_segment="marginal"))
-    x, t, r, keep, _ = case.first
-    np.testing.assert_array_equal(x, case.consistency[0])
-    assert (t == case.consistency[1]).all() and (r == t).all() and keep.all()
-
-
-def test_self_guidance(recorder, settings):
-    """One step to the answer, fresh noise at t′, both teacher passes at the same place, gradient −2·λ_g·g/count."""
-    case = Case(recorder, settings, n=3000)
-    _, t, _, keep, _ = case.guided
-    assert keep.all() and stats.kstest(t, stats.uniform.cdf).pvalue > 1e-3
-    with_condition, without = case.renoised
-    assert with_condition[3].all() and not without[3].any()
-    for seen, same in zip(with_condition[:3], without[:3], strict=True):
-        np.testing.assert_array_equal(seen, same)
-    t_again = with_condition[1]
-    assert (with_condition[2] == t_again).all() and stats.kstest(t_again, stats.uniform.cdf).pvalue > 1e-3
-    assert abs(np.corrcoef(t, t_again)[0, 1]) < 4 / np.sqrt(case.n)
-    draws = [case.noise(case.flow), case.noise(case.consistency), case.noise(case.guided)]
-    draws.append(case.noise(with_condition, clean=case.answers()))
-    for noise in draws[2:]:
-        assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
-    correlation = np.corrcoef([noise.ravel() for noise in draws]) - np.eye(4)
+def test_sharpening_renoises_where_the_halves_lead(recorder):
+    """Fresh standard normal noise at τ, with the condition; padded dimensions are noise alone."""
+    case = Case(recorder, SHARP, n=3000)
+    x, t, r, keep, _ = case.renoised
+    assert (t == 0.3).all() and (r == 0.3).all() and keep.all()
+    draws = [case.noise(case.flow), case.noise(case.consistency), case.noise(case.renoised, clean=case.answers())]
+    assert stats.kstest(draws[2].ravel(), stats.norm.cdf).pvalue > 1e-3
+    correlation = np.corrcoef([noise.ravel() for noise in draws]) - np.eye(3)
     assert np.abs(correlation).max() < 4 / np.sqrt(draws[0].size)
-    expected = -2 * 0.03 * case.guidance() / case.count[:, None, None] * case.mask.numpy()
-    np.testing.assert_allclose(case.gradients[2], expected, atol=1e-12)
+    assert stats.kstest(x[..., REAL_DIMS:].ravel() / 0.3, stats.norm.cdf).pvalue > 1e-3
 
 
-def test_padded_dimensions_of_the_answer_are_zeroed_before_renoising(recorder, settings):
-    """Nothing of the student's output in padded dimensions comes back: x̃ is pure noise there."""
+def test_only_the_one_step_is_sharpened(recorder):
+    """Everything else keeps its draws, its target and its gradient; so off is a clean switch."""
+    off, on = Case(recorder, PLAIN, n=90), Case(recorder, SHARP, n=90)
+    for name in ("flow", "consistency", "first", "second"):
+        for first, second in zip(getattr(off, name), getattr(on, name), strict=True):
+            np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(off.gradients[0], on.gradients[0])
+    same = np.array([np.array_equal(a, b) for a, b in zip(off.gradients[1], on.gradients[1], strict=True)])
+    np.testing.assert_array_equal(same, ~off.one_step)
+    assert 0 < off.one_step.sum() < 90
+
+
+@pytest.mark.parametrize("padded", [9.0, -40.0])
+def test_what_the_teacher_says_in_padded_dimensions_does_not_matter(recorder, settings, padded):
+    """There the data is exactly zero: x_m = m·ε, the answer is 0 and x̃ = τ·ε′."""
     junk = torch.arange(ACTION_DIM) >= REAL_DIMS
-    clean = Case(recorder, settings)
-    spoilt = Case(recorder, settings, student=lambda *args: student_field(*args) + 9 * junk)
-    for block in range(2):
-        np.testing.assert_array_equal(clean.renoised[block][0], spoilt.renoised[block][0])
-    noise = spoilt.noise(spoilt.renoised[0], clean=spoilt.answers())
-    x, t = spoilt.renoised[0][0], spoilt.renoised[0][1][:, None, None]
-    np.testing.assert_allclose(x[:, :, REAL_DIMS:], (t * noise)[:, :, REAL_DIMS:], atol=1e-12)
+    clean = Case(recorder, settings, n=90)
+    spoilt = Case(recorder, settings, n=90, teacher=lambda *args: teacher_field(*args) + padded * junk)
+    noise, m = spoilt.noise(spoilt.consistency), spoilt.second[1][:, None, None]
+    np.testing.assert_allclose(spoilt.second[0][..., REAL_DIMS:], (m * noise)[..., REAL_DIMS:], atol=1e-12)
+    assert torch.equal(clean.losses.loss, spoilt.losses.loss)
+    if settings is SHARP:
+        np.testing.assert_array_equal(clean.renoised[0], spoilt.renoised[0])
 
 
-def test_padded_dimensions_stay_on_the_straight_path(recorder, settings):
-    """There the data is exactly zero, so x_m = m·ε whatever the teacher says."""
-    junk = torch.arange(ACTION_DIM) >= REAL_DIMS
-    case = Case(recorder, settings, teacher=lambda *args: teacher_field(*args) + 9 * junk)
-    noise, m = case.noise(case.consistency), case.second[1][:, None, None]
-    np.testing.assert_allclose(case.second[0][:, :, REAL_DIMS:], (m * noise)[:, :, REAL_DIMS:], atol=1e-12)
-
-
-@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
-def test_condition_dropout_touches_the_flow_term_only(recorder, settings, probability):
-    weight = settings.guidance_weight if probability else 0.0  # guidance needs the dropout
-    case = Case(recorder, replace(settings, condition_dropout=probability, guidance_weight=weight), n=4000)
-    dropped = 1 - case.flow[3].mean()
-    assert dropped == pytest.approx(probability, abs=4 * np.sqrt(probability * (1 - probability) / 4000))
-    others = [case.consistency, case.second]
-    others += [case.guided, case.renoised[0]] if probability else []
-    others += [case.first] if case.first else []
-    assert all(block[3].all() for block in others)
-
-
-def test_number_of_calls_and_their_sizes(recorder, first_segment):
-    marginal = first_segment == "marginal"
-    for weight, progress, guided in ((0.03, BEFORE, 0), (0.03, AFTER, 1), (0.0, AFTER, 0), (0.03, 0.5, 1)):
-        case = Case(recorder, replace(SETTINGS, first_segment=first_segment, guidance_weight=weight), progress)
-        assert case.student.batch_sizes == [(2 + guided) * N]
-        assert case.teacher.batch_sizes == [N] * marginal + [(1 + 2 * guided) * N]
+def test_number_of_calls_and_their_sizes(recorder):
+    for settings, calls in ((PLAIN, 2), (SHARP, 3)):
+        case = Case(recorder, settings)
+        assert case.student.batch_sizes == [2 * N] and case.teacher.batch_sizes == calls * [N]
         assert case.student.with_gradient == [True] and not any(case.teacher.with_gradient)
         assert all(output.grad is None for output in case.teacher.outputs)
 
 
-def test_guidance_starts_at_the_end_of_the_contraction(recorder, settings):
-    settings = replace(settings, contraction_fraction=0.7)
-    assert Case(recorder, settings, progress=0.699).guided is None
-    assert Case(recorder, settings, progress=0.7).guided is not None
-
-
-def test_guidance_weight_zero_is_a_clean_off_switch(recorder, settings):
-    """Off, it equals a run whose guidance has not begun; on, the other terms keep their draws and gradients."""
-    settings = replace(settings, contraction_start=0.05, contraction_end=0.05)
-    off = Case(recorder, replace(settings, guidance_weight=0.0), AFTER)
-    early, on = Case(recorder, settings, BEFORE), Case(recorder, settings, AFTER)
-    assert torch.equal(off.losses.loss, early.losses.loss)
-    for name in ("flow", "consistency", "second"):
-        for first, second, third in zip(getattr(off, name), getattr(early, name), getattr(on, name), strict=True):
-            np.testing.assert_array_equal(first, second)
-            np.testing.assert_array_equal(first, third)
-    for k in range(2):
-        np.testing.assert_array_equal(off.gradients[k], early.gradients[k])
-        np.testing.assert_array_equal(off.gradients[k], on.gradients[k])
-    assert off.losses.logs.keys() == on.losses.logs.keys()
-    assert all(float(off.losses.logs[name]) == 0 for name in ("loss_guidance", "guidance_norm"))
-
-
-@pytest.mark.parametrize("rho", [1.0, 0.25, 0.01])
-def test_the_map_of_a_single_action_is_a_fixed_point(recorder, first_segment, rho):
-    """Data that is one point a₀: u(x, t, r) = (x − a₀)/t meets the target for every κ."""
+def test_the_map_of_a_single_action_is_a_fixed_point(recorder, settings):
+    """Data that is one point a₀: u(x, t, r) = (x − a₀)/t meets every target, and sharpening moves nothing."""
     point = 0.7
     exact = recorder(lambda x, t, r, keep: (x - point) / t)
-    settings = replace(
-        SETTINGS, first_segment=first_segment, contraction_start=rho, contraction_end=rho, halved_share=0.4
-    )
     actions = torch.full((500, HORIZON, ACTION_DIM), point)
-    losses = ofp(exact, exact, actions, actions > 0, settings, AFTER, generator())
+    losses = ofp(exact, exact, actions, actions > 0, settings, 0, generator())
     assert losses.loss.max().item() < 1e-18
+    assert losses.logs["sharpening_shift"].item() < 1e-12
 
 
-def test_gaussian_closed_forms_agree_with_each_other():
-    """The trajectory's derivative is the velocity, and the average velocity is its integral."""
-    flow, x, t, r, h = Gaussian(0.8, 0.3), torch.tensor([-1.5, 0.2, 2.0]), torch.tensor(0.9), torch.tensor(0.1), 1e-5
-    derivative = (flow.transport(x, t, t + h) - flow.transport(x, t, t - h)) / (2 * h)
-    torch.testing.assert_close(derivative, flow.velocity(x, t), atol=1e-8, rtol=0)
-    grid = torch.linspace(0.1, 0.9, 2001)
-    along = torch.stack([flow.velocity(flow.transport(x, t, s), s) for s in grid])
-    torch.testing.assert_close(torch.trapezoid(along, grid, dim=0) / 0.8, flow.average(x, t, r), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("t", "r"), [(0.9, 0.0), (0.6, 0.2), (0.3, 0.0)])
-def test_bias_of_the_target_vanishes_with_kappa(recorder, monkeypatch, first_segment, t, r):
-    """On Gaussian data with the exact map as teacher, (E[target ∣ x_t] − u(x_t, t, r))/κ → 0 with κ.
-
-    The expectation over the noises that lead to x_t is Gauss–Hermite quadrature; the marginal target does not depend
-    on them, so there the statement holds for every sample.
-    """
-    flow = Gaussian(0.8, 0.3)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(9)
-    weights = weights / weights.sum()
-    x = np.array([-1.0, -0.2, 0.5, 1.4])
-    mean, std = flow.action_given(x, t)
-    actions = mean[:, None] + std * nodes
-    noise = (x[:, None] - (1 - t) * actions) / t
-    n = actions.size
-    shaped = [torch.from_numpy(value.reshape(n, 1, 1)) for value in (actions, noise)]
-    module = importlib.import_module("ofp_lerobot.objectives.ofp")
-    monkeypatch.setattr(module, "draw_noise", lambda actions, generator: shaped[1])
-    settings = replace(SETTINGS, consistency_weight=1.0, first_segment=first_segment, guidance_weight=0.0)
-
-    def relative_bias(kappa: float) -> np.ndarray:
-        t_all, r_all, kappas = (torch.full((n,), value) for value in (t, r, kappa))
-        none = torch.zeros(n, dtype=torch.bool)
-        cut = Segments(t_all, t_all - kappas * (t_all - r_all), r_all, kappas, halved=none, narrow=none)
-        monkeypatch.setattr(module, "segments", lambda n, generator, *, rho: cut)
-        student = recorder(lambda x, t, r, keep: 0 * x)
-        teacher = recorder(lambda x, t, r, keep: flow.average(x, t, r))
-        mask = torch.ones(n, 1, 1, dtype=torch.bool)
-        ofp(student, teacher, shaped[0], mask, settings, 0.0, generator()).loss.sum().backward()
-        np.testing.assert_allclose(student.inputs[0][0][n:].numpy().reshape(4, 9), x[:, None].repeat(9, 1), atol=1e-12)
-        # The student says 0, so the gradient of its squared error is −2·target/max(κ, .05).
-        target = -student.outputs[0].grad[n:].numpy().reshape(4, 9) * max(kappa, 0.05) / 2
-        exact = flow.average(*(torch.as_tensor(value) for value in (x, t, r))).numpy()
-        if first_segment == "marginal":
-            return np.abs(target - exact[:, None]).max() / kappa
-        # Single targets are far off, only their mean is right.
-        assert np.abs(target - exact[:, None]).max() > kappa / 10
-        return np.abs(target @ weights - exact).max() / kappa
-
-    biases = [relative_bias(kappa) for kappa in (0.2, 0.02, 0.002, 0.0002)]
-    assert biases[0] > 1e-3
-    for wide, narrow in pairwise(biases):
-        assert narrow < 0.2 * wide
-
-
-def test_the_exact_map_is_the_target_of_halved_intervals(recorder):
+def test_the_exact_map_is_the_target(recorder):
     """On Gaussian data with the exact map as teacher, for every sample and at any width.
 
     But for the narrowest, whose halves are instantaneous: there it is two steps of Heun's kind, 1/128 long.
     """
     flow, n = Gaussian(0.8, 0.3), 500
-    actions = 0.8 + 0.3 * torch.randn(n, 2, 1, generator=generator(1))
-    student = recorder(lambda x, t, r, keep: 0 * x)
-    teacher = recorder(lambda x, t, r, keep: flow.average(x, t, r))
-    settings = Settings(consistency_weight=1.0, consistency_norm="squared", halved_share=1.0, guidance_weight=0.0)
-    mask = torch.ones(n, 2, 1, dtype=torch.bool)
-    ofp(student, teacher, actions, mask, settings, 0.0, generator()).loss.sum().backward()
-    x, t, r, _ = (value[n:] for value in student.inputs[0])
-    # κ = ½, so the weight is 2 and the gradient at 0 is −2·2·target over two entries.
-    target = -student.outputs[0].grad[n:] / 2
+    target, x, t, r = targets_on(recorder, flow, n, Settings())
     exact = flow.average(x, t.view(-1, 1, 1), r.view(-1, 1, 1))
     narrow = t - r == 1 / 64
     torch.testing.assert_close(target[~narrow], exact[~narrow], atol=1e-9, rtol=0)
@@ -382,25 +231,30 @@ def test_the_exact_map_is_the_target_of_halved_intervals(recorder):
     assert 1e-9 < (target - exact)[narrow].abs().max() < 0.05
 
 
-def test_guidance_gradient_on_a_pair_of_gaussians(recorder):
-    """Exact velocities of N(μ_c, s_c²) with and N(μ_0, s_0²) without condition: the gradient with respect to
-    y is −2·λ_g·(v_c − v_0)(x̃, t′)/count, where x̃ is the exact answer of the conditional flow, renoised."""
-    conditional, unconditional = Gaussian(0.8, 0.3), Gaussian(-0.1, 1.2)
+@pytest.mark.parametrize("noise", [0.2, 0.5])
+def test_one_step_of_a_gaussian_learns_the_narrower_one(recorder, noise):
+    """With the exact map as teacher the target of (1, 0) leads to μ + s·c·ε on average, c = s²/(s² + h²)."""
+    mean, std, n, h = 0.8, 0.3, 60_000, noise / (1 - noise)
+    target, x, t, r = targets_on(recorder, Gaussian(mean, std), n, Settings(sharpening_noise=noise))
+    one = (t == 1) & (r == 0)
+    answers, drawn = (x - target)[one].ravel().numpy(), x[one].ravel().numpy()
+    factor = std**2 / (std**2 + h**2)
+    slope, intercept = np.polyfit(drawn, answers, 1)
+    error = 5 * factor * h / np.sqrt(len(drawn))
+    assert slope == pytest.approx(factor * std, abs=error)
+    assert intercept == pytest.approx(mean, abs=error)
 
-    def exact(x, t, r, keep):
-        return keep * conditional.average(x, t, r) + (1 - keep) * unconditional.average(x, t, r)
 
-    n, weight = 2000, 0.02
-    actions = 0.8 + 0.3 * torch.randn(n, 2, 1, generator=generator(1))
-    student, teacher = recorder(exact), recorder(exact)
-    settings = Settings(guidance_weight=weight, condition_dropout=0.1)
-    losses = ofp(student, teacher, actions, torch.ones(n, 2, 1, dtype=torch.bool), settings, AFTER, generator())
-    losses.loss.sum().backward()
-    x, t, _, _ = (value[2 * n :].view(n, -1, 1) for value in student.inputs[0])
-    x_again, t_again, _, _ = (value[n : 2 * n].view(n, -1, 1) for value in teacher.inputs[-1])
-    answer = conditional.transport(x, t, torch.zeros(()))
-    noise = (x_again - (1 - t_again) * answer) / t_again
-    assert stats.kstest(answer.ravel().numpy(), stats.norm(0.8, 0.3).cdf).pvalue > 1e-3
-    assert stats.kstest(noise.ravel().numpy(), stats.norm.cdf).pvalue > 1e-3
-    g = conditional.velocity(x_again, t_again) - unconditional.velocity(x_again, t_again)
-    torch.testing.assert_close(student.outputs[0].grad[2 * n :], -2 * weight * g / 2, atol=1e-10, rtol=0)
+def targets_on(recorder, flow, n, settings):
+    """(targets, x, t, r) of n samples of Gaussian data, the exact map being the teacher and the student saying 0."""
+    actions = flow.mean + flow.std * torch.randn(n, 1, 1, generator=generator(1))
+    student = recorder(lambda x, t, r, keep: 0 * x)
+    teacher = recorder(lambda x, t, r, keep: flow.average(x, t, r))
+    mask = torch.ones(n, 1, 1, dtype=torch.bool)
+    ofp(
+        student, teacher, actions, mask, replace(settings, consistency_weight=1.0), 0, generator()
+    ).loss.sum().backward()
+    x, t, r, _ = (value[n:] for value in student.inputs[0])
+    # The gradient is g = −2·target/√(2·target² + c²) per sample, solved for the target.
+    gradient = student.outputs[0].grad[n:]
+    return -gradient * 0.05 / (4 - 2 * gradient**2).sqrt(), x, t, r

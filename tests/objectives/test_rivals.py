@@ -75,7 +75,7 @@ def test_shortcut_target_of_the_exact_map_is_the_exact_map(recorder):
     n = 2000
     actions, mask = gaussian_batch(n)
     student, teacher = recorder(student_field), recorder(exact)
-    shortcut(student, teacher, actions, mask, Settings(), 0.0, generator()).loss.sum().backward()
+    shortcut(student, teacher, actions, mask, Settings(), 0, generator()).loss.sum().backward()
     assert not any(teacher.with_gradient)
     assert_flow_term(student, 0, actions, mask)
     x, t, r, target = target_of(student, 0, 1, n, 1.0, mask)
@@ -94,7 +94,7 @@ def test_shortcut_target_of_the_exact_map_is_the_exact_map(recorder):
 def test_shortcut_against_the_formula_with_padding(recorder):
     actions, mask = batch()
     student, teacher = recorder(student_field), recorder(teacher_field)
-    losses = shortcut(student, teacher, actions, mask, Settings(), 0.0, generator())
+    losses = shortcut(student, teacher, actions, mask, Settings(), 0, generator())
     for i in range(N):
         x, t, r, u = (value.numpy()[i] for value in block(student, 0, 1, N))
         noise = noise_of(torch.tensor(x[None]), torch.tensor([t]), actions[i : i + 1]).numpy()[0]
@@ -113,7 +113,7 @@ def test_shortcut_against_the_formula_with_padding(recorder):
 def test_snapflow_against_the_formula_with_padding(recorder):
     actions, mask = batch()
     student = recorder(student_field)
-    losses = snapflow(student, forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = snapflow(student, forbidden, actions, mask, Settings(), 0, generator())
     losses.loss.sum().backward()
     assert student.batch_sizes == [N, N, 2 * N] and student.with_gradient == [False, False, True]
     assert_flow_term(student, 2, actions, mask, weight=0.5)
@@ -180,7 +180,7 @@ def test_mean_flow_against_the_formula_with_finite_differences(monkeypatch, time
     t, r = times
     draws = Draws(monkeypatch, "mean_flow", actions, t, r)
     weight = torch.tensor(1.1, requires_grad=True)
-    losses = mean_flow(scaled(weight, exact), forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = mean_flow(scaled(weight, exact), forbidden, actions, mask, Settings(), 0, generator())
     losses.loss.sum().backward()
     gradient = 0.0
     for i in range(N):
@@ -207,7 +207,7 @@ def test_mean_flow_of_the_exact_map_has_no_error_on_average(monkeypatch):
     module = importlib.import_module("ofp_lerobot.objectives.mean_flow")
     monkeypatch.setattr(module, "weighted_square", lambda error, *args: errors.append(error) or error.sum(dim=(1, 2)))
     velocity = scaled(torch.ones(()), exact)
-    mean_flow(velocity, forbidden, actions, torch.ones(n, 1, 1, dtype=torch.bool), Settings(), 0.0, generator())
+    mean_flow(velocity, forbidden, actions, torch.ones(n, 1, 1, dtype=torch.bool), Settings(), 0, generator())
     error = errors[0].view(4, 9).numpy()
     assert np.abs(error).max() > 0.1  # single targets are far off
     np.testing.assert_allclose(error @ (weights / weights.sum()), 0, atol=1e-9)
@@ -219,7 +219,7 @@ def test_improved_mean_flow_of_the_exact_map_is_flow_matching_of_the_exact_veloc
     t, r = times
     draws = Draws(monkeypatch, "improved_mean_flow", actions, t, r)
     weight = torch.ones((), requires_grad=True)
-    losses = improved_mean_flow(scaled(weight, exact), forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = improved_mean_flow(scaled(weight, exact), forbidden, actions, mask, Settings(), 0, generator())
     losses.loss.sum().backward()
     marginal = FLOW.velocity(draws.x, t.view(-1, 1, 1))
     error = marginal - (draws.noise - actions)
@@ -236,7 +236,7 @@ def test_improved_mean_flow_differentiates_along_its_own_velocity(monkeypatch, t
     t, r = times
     draws = Draws(monkeypatch, "improved_mean_flow", actions, t, r)
     velocity = scaled(torch.ones((), requires_grad=True), student_field)
-    losses = improved_mean_flow(velocity, forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = improved_mean_flow(velocity, forbidden, actions, mask, Settings(), 0, generator())
     h = 1e-5
     for i in range(N):
         x, v = draws.x[i], draws.noise[i] - actions[i]
@@ -260,7 +260,7 @@ def test_mean_flow_times(monkeypatch, name, parameters):
     monkeypatch.setattr(module, "with_derivative", lambda u, x, t, r, dx: seen.append((x, t, r)) or (0 * x, 0 * x))
     n = 4000
     actions, mask = gaussian_batch(n)
-    OBJECTIVES[name].function(scaled(0.0, exact), forbidden, actions, mask, Settings(), 0.0, generator())
+    OBJECTIVES[name].function(scaled(0.0, exact), forbidden, actions, mask, Settings(), 0, generator())
     x, t, r = (value.numpy() for value in seen[0])
     noise = (x - (1 - t)[:, None, None] * actions.numpy()) / t[:, None, None]
     assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
@@ -280,7 +280,7 @@ def test_consistency_flow_matching_against_the_formula(recorder):
     n = 200
     actions, mask = batch(n)
     student = recorder(student_field)
-    losses = consistency_flow_matching(student, forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = consistency_flow_matching(student, forbidden, actions, mask, Settings(), 0, generator())
     losses.loss.sum().backward()
     assert student.with_gradient == [True, False]
     (x_t, t, r_t, v_t), (x_s, s, r_s, v_s) = (block(student, call, 0, n) for call in (0, 1))
@@ -379,7 +379,7 @@ def test_drifting_loss_and_gradient(recorder):
     """The samples are ε − u(ε, 1, 1), eight for each action, and move along the drift, every action dimension apart."""
     actions, mask = batch()
     student = recorder(student_field)
-    losses = drifting(student, forbidden, actions, mask, Settings(), 0.0, generator())
+    losses = drifting(student, forbidden, actions, mask, Settings(), 0, generator())
     losses.loss.sum().backward()
     assert student.batch_sizes == [DRAWS * N]
     x, t, r, _ = student.inputs[0]

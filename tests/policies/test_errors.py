@@ -9,6 +9,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file, save_file
 
+from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
 
@@ -89,11 +90,9 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"paligemma_variant": "gemma_9b"}, "paligemma_variant must be one of"),
         ({"test_time_samples": 0}, "test_time_samples must be at least 1, got 0"),
         ({"noise_temperature": 1.5}, r"noise_temperature must be in \[0, 1\], got 1.5"),
-        ({"first_segment": "marginl"}, "first_segment must be one of"),
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
-        ({"consistency_norm": "hubr"}, "consistency_norm must be one of"),
-        ({"halved_share": 1.5}, r"halved_share must be in \[0, 1\]"),
-        ({"schedule_steps": 0}, "schedule_steps must be at least 1"),
+        ({"consistency_weight": -1.0}, "consistency_weight must be at least 0"),
+        ({"sharpening_noise": 1.5}, r"sharpening_noise must be in \[0, 1\], got 1.5"),
         ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),
         ({"image_resolution": (32, 64)}, "image_resolution must be square"),
     ],
@@ -106,18 +105,18 @@ def test_settings_out_of_range(changes, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"guidance_weight": 0.1}, "set condition_dropout=0.1 or guidance_weight=0"),
-        ({"first_segment": "conditional"}, "set halved_share=0 and consistency_norm=squared"),
-        ({"first_segment": "conditional", "halved_share": 0.0}, "set halved_share=0 and consistency_norm=squared"),
+        ({"condition_dropout": 0.0}, "set ofp_paper.condition_dropout=0.1 or ofp_paper.guidance_weight=0"),
+        ({"consistency_weight": -1.0}, "ofp_paper.consistency_weight must be at least 0"),
+        ({"guidance_weight": -1.0}, "ofp_paper.guidance_weight must be at least 0"),
+        ({"condition_dropout": 1.5}, r"ofp_paper.condition_dropout must be in \[0, 1\]"),
+        ({"contraction_start": -0.1}, r"ofp_paper.contraction_start must be in \[0, 1\]"),
+        ({"contraction_end": 1.1}, r"ofp_paper.contraction_end must be in \[0, 1\]"),
+        ({"contraction_steps": -1}, "ofp_paper.contraction_steps must be at least 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused_by_training_only(changes, told):
-    """A checkpoint that was trained with them must still act, and other objectives do not read them."""
-    policy, batch = small.ofp_policy(**changes), small.batch(2)
-    policy.predict_action_chunk(batch)
+def test_settings_of_the_papers_objective(changes, told):
     with pytest.raises(ValueError, match=told):
-        policy.train()(batch)
-    small.ofp_policy(objective="shortcut", **changes).train()(batch)
+        OFPPaperSettings(**changes)
 
 
 def test_action_larger_than_the_network():

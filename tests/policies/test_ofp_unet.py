@@ -53,7 +53,7 @@ def unet_flags(**changes):
         "type": "ofp_unet",
         "device": "cpu",
         "push_to_hub": "false",
-        "schedule_steps": 6,
+        "scheduler_decay_steps": 6,
         "n_action_steps": 4,
         "scheduler_warmup_steps": 1,
         **SIZES,

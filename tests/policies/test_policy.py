@@ -6,7 +6,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ofp_lerobot.objectives import OBJECTIVES
+from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
 from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp import modeling_ofp
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
@@ -167,7 +167,7 @@ def test_scalars_are_read_a_call_late_on_a_gpu():
 
 
 def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
-    policy = small.ofp_policy(schedule_steps=2000)
+    policy = small.ofp_policy()
     batch = small.batch(2)
     policy.train()
     policy(batch)
@@ -192,8 +192,10 @@ def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
         torch.testing.assert_close(policy._bind_teacher(prefix)(x, t, t * 0.5), other.model(prefix, x, t, t * 0.5))
 
 
-def test_logs_have_the_same_names_at_every_step_and_evaluation_needs_no_teacher():
-    policy, batch = small.ofp_policy(schedule_steps=2, contraction_fraction=0.5, monitor_freq=2), small.batch(2)
+@pytest.mark.parametrize("objective", ["ofp", "ofp_paper"])
+def test_logs_have_the_same_names_at_every_step_and_evaluation_needs_no_teacher(objective):
+    paper = OFPPaperSettings(contraction_steps=1)  # guidance begins at step 1
+    policy, batch = small.ofp_policy(objective=objective, ofp_paper=paper, monitor_freq=2), small.batch(2)
     policy.eval()
     with torch.no_grad():
         first, _ = policy(batch)

@@ -5,13 +5,23 @@ import random
 import pytest
 import torch
 
-from ofp_lerobot.objectives import OBJECTIVES
+from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
 from ofp_lerobot.policies.ofp.images import prepare_images
 from ofp_lerobot.policies.ofp.network import Prefix
 from tests import small
 
 TOLERANCE = 1e-5
-PAPERS = {"halved_share": 0.0, "first_segment": "conditional", "consistency_norm": "squared"}
+METHODS = [
+    {},
+    {"sharpening_noise": 0.4},
+    *(
+        {
+            "objective": "ofp_paper",
+            "ofp_paper": OFPPaperSettings(guidance_weight=weight, condition_dropout=0.3, contraction_steps=0),
+        }
+        for weight in (0.0, 0.03)
+    ),
+]
 
 
 def lone_velocity(network, images, tokens, mask, weights=None):
@@ -39,7 +49,7 @@ def lone_velocity(network, images, tokens, mask, weights=None):
     return velocity
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_losses_and_gradients_equal_those_of_single_passes(seed):
     draw = random.Random(seed)
     cameras = tuple(f"observation.images.{i}" for i in range(draw.randint(1, 3)))
@@ -48,12 +58,8 @@ def test_losses_and_gradients_equal_those_of_single_passes(seed):
     policy = small.ofp_policy(
         branch=0.1,
         monitor_freq=0,
-        schedule_steps=100,
         num_noise_draws=draws,
-        condition_dropout=0.3,
-        guidance_weight=draw.choice([0.0, 0.03]),
-        contraction_fraction=0.0,
-        **draw.choice([{}, {"halved_share": 0.4}, PAPERS]),
+        **draw.choice(METHODS),
         gradient_checkpointing=draw.random() < 0.5,
         **small.features(cameras),
     )
@@ -63,7 +69,6 @@ def test_losses_and_gradients_equal_those_of_single_passes(seed):
     batch["action_is_pad"] = torch.arange(small.HORIZON).expand(b, -1) >= draw.randint(3, small.HORIZON)
     policy.train()
     policy._begin_training()
-    policy._step = 90  # guidance is on
     for name, average in policy._teacher.items():
         average.add_(torch.randn_like(average) * 0.01)
         assert average.shape == policy.model.get_parameter(name).shape
@@ -82,14 +87,14 @@ def test_losses_and_gradients_equal_those_of_single_passes(seed):
     observation = images, batch["observation.language.tokens"], batch["observation.language.attention_mask"]
     actions, mask, _ = policy._prepare_actions(batch)
     plain = (
-        OBJECTIVES["ofp"]
+        OBJECTIVES[policy.config.objective]
         .function(
             lone_velocity(policy.model, *observation),
             lone_velocity(policy.model, *observation, weights=policy._teacher),
             actions.repeat(draws, 1, 1),
             mask.repeat(draws, 1, 1),
-            policy.config.settings,
-            0.9,
+            policy.config,
+            0,
             generator,
         )
         .loss

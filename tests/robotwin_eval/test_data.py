@@ -105,7 +105,7 @@ def test_a_subset_is_ready_for_training(dataset, tmp_path, condition, count, exp
 
 def test_lerobot_trains_on_it(dataset, tokenizer, tmp_path):
     prepare(tmp_path, [], "clean", 1, repo_id="local/hub", root=dataset, recipe=RECIPE, order=ORDER)
-    small_policy = runs.policy_flags(tokenizer, max_action_dim=16, chunk_size=4, n_action_steps=4, schedule_steps=1)
+    small_policy = runs.policy_flags(tokenizer, max_action_dim=16, chunk_size=4, n_action_steps=4)
     small_policy += ["--policy.pretrained_path=", "--policy.dtype=float32", "--policy.gradient_checkpointing=false"]
     small_policy = [f for f in small_policy if not f.startswith(("--policy.type", "--policy.pretrained_path"))]
     content = yaml.safe_load((tmp_path / "train.yaml").read_text())

@@ -98,6 +98,7 @@ def seen_pictures(view: View) -> dict[str, Any]:
 def policy_config(training: Training, view: View, objective: str, steps: int) -> Any:
     from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 
+    from ofp_lerobot.objectives import OFPPaperSettings
     from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 
     return OFPUnetConfig(
@@ -105,7 +106,8 @@ def policy_config(training: Training, view: View, objective: str, steps: int) ->
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (4,))},
         normalization_mapping=dict.fromkeys(("STATE", "VISUAL", "ACTION"), NormalizationMode.MEAN_STD),
         objective=objective,
-        schedule_steps=steps,
+        scheduler_decay_steps=steps,
+        ofp_paper=OFPPaperSettings(contraction_steps=steps // 2),
         monitor_freq=0,
         **shared_settings(training, steps),
     )

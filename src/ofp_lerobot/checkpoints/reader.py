@@ -17,11 +17,18 @@ from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.processor.pipeline import ProcessorMigrationError
-from lerobot.utils.constants import ACTION, CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import (
+    ACTION,
+    CHECKPOINTS_DIR,
+    LAST_CHECKPOINT_LINK,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+    PRETRAINED_MODEL_DIR,
+)
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors import SafetensorError
 from transformers.initialization import no_init_weights
 
+from ..compat import check_readable_processors, saved_elsewhere
 from ..errors import UserError
 from ..policies.normalisation import RECOMPUTE, Problem, find_problems
 from ..policies.ofp import weights
@@ -102,7 +109,8 @@ def load_config(
     try:
         return draccus.decode(config_class, raw), kind
     except (ParsingError, ValueError) as error:  # caused by the configuration's own ValueError, where it is one
-        raise UserError(f"the configuration of {source} cannot be used: {error.__cause__ or error}") from error
+        told = saved_elsewhere(raw)
+        raise UserError(f"the configuration of {source} cannot be used{told}: {error.__cause__ or error}") from error
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -180,6 +188,9 @@ def load_processors(
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
     try:
+        preprocessor_path = weights.find_file(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json")
+        if preprocessor_path is not None:
+            check_readable_processors(weights.read_json(preprocessor_path)["steps"], source)
         processors = make_pre_post_processors(config, str(source), preprocessor_overrides=overrides)
     except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError, SafetensorError) as error:
         raise UserError(f"the processors of {source} cannot be loaded: {error}") from error

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Weights = dict[str, Tensor]
 
@@ -15,11 +16,16 @@ TEACHER_DECAY = 1 - 1 / 15
 @torch.no_grad()
 def copy_weights(weights: Mapping[str, Tensor]) -> Weights:
     """A float32 copy."""
-    return {name: w.detach().to(torch.float32, copy=True) for name, w in weights.items()}
+    return {name: whole(w.detach()).to(torch.float32, copy=True) for name, w in weights.items()}
 
 
 @torch.no_grad()
 def update_ema(ema: Weights, weights: Mapping[str, Tensor], decay: float) -> None:
     """ema ← decay·ema + (1 − decay)·weights, in place. Both hold the same names."""
     for name, average in ema.items():
-        average.lerp_(weights[name].detach().to(average.dtype), 1 - decay)
+        average.lerp_(whole(weights[name].detach()).to(average.dtype), 1 - decay)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that is sharded over processes gathered from all of them, which must all call this; others as it is."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -26,23 +26,8 @@ def power_times(n: int, generator: Generator, *, alpha: float, scale: float, off
     return uniform(n, generator) ** (1 / alpha) * scale + offset
 
 
-class Segments(NamedTuple):
-    """An interval [r, t] cut at m: κ = (t − m)/(t − r) is the share of the first segment. Each (n,).
-
-    halved: cut in the middle, so that average velocities over both halves make the target; narrow: the shortest of the
-    grid, for which the instantaneous velocities at t and m do, what ties average velocities to the flow.
-    """
-
-    t: Tensor
-    m: Tensor
-    r: Tensor
-    kappa: Tensor
-    halved: Tensor
-    narrow: Tensor
-
-
-def segments(n: int, generator: Generator, *, rho: float) -> Segments:
-    """Intervals for the self-consistency term, κ ~ U(0, ρ).
+def intervals(n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """(t, r) of the self-consistency term, each (n,).
 
     Half of the intervals reach the action (r = 0), half of those from pure noise (t = 1) and half from
     t ~ U(MIN_GAP, 1); the other half are two sorted uniforms at least MIN_GAP apart.
@@ -55,10 +40,7 @@ def segments(n: int, generator: Generator, *, rho: float) -> Segments:
     from_noise = kind < FULL_INTERVAL * FROM_NOISE
     t = torch.where(to_action, MIN_GAP + (1 - MIN_GAP) * a, high)
     t = torch.where(from_noise, torch.ones_like(t), t)
-    r = torch.where(to_action, torch.zeros_like(low), low)
-    kappa = rho * uniform(n, generator)
-    none = torch.zeros_like(to_action)
-    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa, halved=none, narrow=none)
+    return t, torch.where(to_action, torch.zeros_like(low), low)
 
 
 def grid_intervals(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,21 +53,45 @@ def grid_intervals(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor
     return t, t - 1 / sections, sections == 2.0 ** (LEVELS - 1)
 
 
-def halve(cut: Segments, generator: Generator, share: float) -> Segments:
-    """Cuts a random share of the intervals in the middle, κ = ½, and of those moves ON_GRID to the grid."""
-    n = len(cut.t)
-    halved = uniform(n, generator) < share
-    moved = halved & (uniform(n, generator) < ON_GRID)
-    t, r, narrowest = grid_intervals(n, generator)
-    t, r = torch.where(moved, t, cut.t), torch.where(moved, r, cut.r)
-    kappa = torch.where(halved, 0.5, cut.kappa)
-    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa, halved=halved, narrow=moved & narrowest)
+class Halves(NamedTuple):
+    """An interval [r, t] and its middle m, each (n,).
 
-
-def contraction(progress: float, *, start: float, end: float, fraction: float) -> float:
-    """ρ of the time-contracting schedule: a half cosine from `start` to `end`, then held.
-
-    progress: training steps done over `schedule_steps`; fraction: where the schedule ends.
+    narrow: the shortest of the grid, for which the instantaneous velocities at t and m stand for the average ones over
+    the halves; they tie average velocities to the flow.
     """
-    x = min(progress / fraction, 1.0) if fraction > 0 else 1.0
+
+    t: Tensor
+    m: Tensor
+    r: Tensor
+    narrow: Tensor
+
+
+def halves(n: int, generator: Generator) -> Halves:
+    """`intervals`, of which a random share ON_GRID is moved to the grid."""
+    t, r = intervals(n, generator)
+    moved = uniform(n, generator) < ON_GRID
+    t_grid, r_grid, narrowest = grid_intervals(n, generator)
+    t, r = torch.where(moved, t_grid, t), torch.where(moved, r_grid, r)
+    return Halves(t=t, m=(t + r) / 2, r=r, narrow=moved & narrowest)
+
+
+class Segments(NamedTuple):
+    """An interval [r, t] cut at m: κ = (t − m)/(t − r) is the share of the first segment. Each (n,)."""
+
+    t: Tensor
+    m: Tensor
+    r: Tensor
+    kappa: Tensor
+
+
+def segments(n: int, generator: Generator, *, rho: float) -> Segments:
+    """`intervals` cut at κ ~ U(0, ρ)."""
+    t, r = intervals(n, generator)
+    kappa = rho * uniform(n, generator)
+    return Segments(t=t, m=t - kappa * (t - r), r=r, kappa=kappa)
+
+
+def contraction(step: int, *, start: float, end: float, steps: int) -> float:
+    """ρ of the time-contracting schedule: a half cosine from `start` to `end` over `steps` steps, then held."""
+    x = min(step / steps, 1.0) if steps > 0 else 1.0
     return end + (start - end) * (1 + math.cos(math.pi * x)) / 2

@@ -19,6 +19,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from ..checkpoints.reader import statistics_problems
+from ..compat import precision
 from ..devices import synchronise
 from ..errors import UserError
 from ..flow_map.randomness import folded_generator
@@ -150,7 +151,7 @@ class Runner:
             "chunk_size": config.chunk_size,
             "execution_horizon": self.horizon,
             **self.sampling.settings,
-            "dtype": getattr(config, "dtype", "float32"),
+            "dtype": precision(config),
             "device": str(config.device),
             "versions": {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")},
         }

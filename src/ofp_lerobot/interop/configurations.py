@@ -7,6 +7,7 @@ from typing import Any
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 from ..checkpoints.reader import load_config
+from ..compat import dtype_name
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import OFPConfig
 
@@ -53,5 +54,5 @@ def read_config(source: str | Path) -> tuple[OFPConfig, str]:
     config, kind = load_config(source, device="cpu", types=("ofp", "pi05"), as_ofp=True, compile_model=False)
     assert isinstance(config, OFPConfig)
     if kind == "pi05":
-        config.bfloat16_rotary = config.dtype == "bfloat16"
+        config.bfloat16_rotary = dtype_name(config.dtype) == "bfloat16"
     return config, kind

@@ -16,7 +16,7 @@ from ..policies.ofp import weights
 _WRITTEN = re.compile(
     r"((lerobot|openpi)/)?"
     r"(model\.safetensors|config\.json|README\.md|policy_(pre|post)processor\w*\.(json|safetensors)"
-    r"|assets/.+/norm_stats\.json)"
+    r"|tokenizer/[^/]+|assets/.+/norm_stats\.json)"
 )
 
 

@@ -4,7 +4,7 @@ It runs in openpi's environment and imports nothing of LeRobot: put this reposit
 classes are extended from outside; its script `scripts/train_pytorch.py` runs unchanged (docs/openpi.md).
 
     from ofp_lerobot.interop import openpi_training
-    openpi_training.install(schedule_steps=30_000, action_dim=14)
+    openpi_training.install(action_dim=14)
     runpy.run_path("scripts/train_pytorch.py", run_name="__main__")
 
 What it writes holds the target-time branch beside π₀.₅'s weights: `ofp-convert from-openpi --type ofp` reads it.
@@ -33,12 +33,11 @@ _PERIODS = {"min_period": 4e-3, "max_period": 4.0}  # openpi's, of the time embe
 class OneStepPi0(pi0_pytorch.PI0Pytorch):
     """openpi's π₀.₅ with the target-time branch; `forward` is the one-step loss (b,).
 
-    settings: of the objective. schedule_steps: length of its schedules, the trainer's num_train_steps. action_dim: the
-    robot's, None to train the padded dimensions too, as openpi does. first_step: where a resumed run goes on.
+    settings: of the objective `ofp`. action_dim: the robot's, None to train the padded dimensions too, as openpi does.
+    first_step: where a resumed run goes on.
     """
 
     settings = Settings()
-    schedule_steps = 30_000
     action_dim: int | None = None
     first_step = 0
 
@@ -79,7 +78,7 @@ class OneStepPi0(pi0_pytorch.PI0Pytorch):
             actions * mask,
             mask,
             self.settings,
-            max(self._step, 0) / self.schedule_steps,
+            max(self._step, 0),
             folded_generator(actions.device, torch.initial_seed(), self._step + 1, rank),
         )
         return losses.loss
@@ -182,14 +181,12 @@ class _Velocity(nn.Module):
 
 def install(
     *,
-    schedule_steps: int,
     action_dim: int | None = None,
     settings: Settings | None = None,
     first_step: int = 0,
 ) -> type[OneStepPi0]:
     """From now on openpi builds `OneStepPi0` with these settings, in its trainer and in `load_pytorch`."""
     kept = {
-        "schedule_steps": schedule_steps,
         "action_dim": action_dim,
         "settings": settings or Settings(),
         "first_step": first_step,

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
@@ -110,7 +112,10 @@ class Facts(NamedTuple):
         """For a `pi05` policy in `directory`."""
         (directory / PREPROCESSOR).write_text(json.dumps(self.preprocessor, indent=2) + "\n")
         for path in self.files:
-            shutil.copyfile(path, directory / path.name)
+            if path.is_dir():
+                shutil.copytree(path, directory / path.name)
+            else:
+                shutil.copyfile(path, directory / path.name)
 
 
 def read_processors(source: str | Path, action_size: int, *, for_openpi: bool = True) -> Facts:
@@ -136,10 +141,23 @@ def read_processors(source: str | Path, action_size: int, *, for_openpi: bool = 
         _delta_mask(steps.get("relative_actions_processor", {}).get("config", {}), action_size),
         steps.get("tokenizer_processor", {}).get("config", {}).get("max_length", 200),
         {**preprocessor, "steps": pre},
-        (postprocessor, *states.values()),
+        (postprocessor, *states.values(), *_artifacts(source, both)),
         any(_name(step) in _OURS for step in pre),
         _PILLOW in steps,
     )
+
+
+def _artifacts(source: str | Path, steps: Sequence[dict[str, Any]]) -> list[Path]:
+    """Directories that come with the steps: the tokenizer. Raises UserError where one is missing."""
+    names = sorted({name for step in steps for name in step.get("artifacts", {}).values()})
+    if not names:
+        return []
+    root = Path(source)
+    if not root.is_dir():
+        root = Path(snapshot_download(str(source), allow_patterns=[f"{name}/**" for name in names]))
+    if missing := [name for name in names if not (root / name).is_dir()]:
+        raise UserError(f"{source} has no {missing[0]}: its processors belong to the checkpoint, save both")
+    return [root / name for name in names]
 
 
 def _refuse_other_steps(steps: dict[str, dict[str, Any]], with_state: bool, source: str | Path) -> None:

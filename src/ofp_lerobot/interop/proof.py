@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ..compat import dtype_name
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.modeling_ofp import OFPPolicy
@@ -92,13 +93,13 @@ def prove(
     its bound.
     """
     exact = replace(config, device="cpu", compile_model=False, dtype="float32")
-    stock = _stock_answers(directory, exact, probes, steps, rounded=config.dtype == "bfloat16")
+    stock = _stock_answers(directory, exact, probes, steps, rounded=dtype_name(config.dtype) == "bfloat16")
     found = [
         Difference(f"{attention}, {probe.name}", _relative(a, b), TOLERANCES[steps])
         for attention, ours in answers.items()
         for probe, a, b in zip(probes, ours, stock, strict=True)
     ]
-    if config.dtype == "bfloat16":
+    if dtype_name(config.dtype) == "bfloat16":
         stock = _stock_answers(directory, replace(exact, dtype="bfloat16"), probes, steps)
         worst = max(_relative(a, b) for a, b in zip(answers["eager"], stock, strict=True))
         found.append(Difference("stock in bfloat16", worst, BFLOAT16_TOLERANCE))
@@ -131,7 +132,7 @@ def _stock_answers(
             model = policy.model.paligemma_with_expert
             for rotary in (model.paligemma.model.language_model.rotary_emb, model.gemma_expert.model.rotary_emb):
                 rotary.inv_freq = rotary.inv_freq.bfloat16().float()
-        told = tqdm(probes, desc=f"stock π₀.₅, {config.dtype}", leave=False)
+        told = tqdm(probes, desc=f"stock π₀.₅, {dtype_name(config.dtype)}", leave=False)
         return [policy.predict_action_chunk(dict(p.batch), noise=p.noise, num_steps=steps).float() for p in told]
     finally:
         logging.disable(logging.NOTSET)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
+from ..compat import dtype_name
 from .proof import Difference
 
 _HEAD = """\
@@ -121,7 +122,9 @@ def describe_lerobot(origin: Origin, config: PI05Config, found: Sequence[Differe
         if needs_plugin
         else " Nothing of `lerobot_policy_ofp` is needed."
     )
-    run = _LEROBOT.format(path="<this directory>", dtype=_DTYPE[config.dtype], plugin=plugin, **_plural(origin))
+    run = _LEROBOT.format(
+        path="<this directory>", dtype=_DTYPE[dtype_name(config.dtype)], plugin=plugin, **_plural(origin)
+    )
     return _head(origin, "lerobot") + run + _proof(origin, found) + _LOST
 
 

@@ -1,17 +1,20 @@
 """Training objectives: one file and one function each, one signature for all (`base.Objective`)."""
 
-from .base import Losses, Objective, Settings
+from .base import Losses, Objective
 from .consistency_flow_matching import consistency_flow_matching
 from .drifting import drifting
 from .flow_matching import flow_matching
 from .improved_mean_flow import improved_mean_flow
 from .mean_flow import mean_flow
 from .ofp import ofp
+from .ofp_paper import ofp_paper
+from .settings import OFPPaperSettings, Settings
 from .shortcut import shortcut
 from .snapflow import snapflow
 
 OBJECTIVES: dict[str, Objective] = {
     "ofp": Objective(ofp, needs_teacher=True),
+    "ofp_paper": Objective(ofp_paper, needs_teacher=True),
     "flow_matching": Objective(flow_matching, needs_teacher=False, uses_target_time=False),
     "shortcut": Objective(shortcut, needs_teacher=True),
     "mean_flow": Objective(mean_flow, needs_teacher=False, differentiates=True),
@@ -21,4 +24,4 @@ OBJECTIVES: dict[str, Objective] = {
     "drifting": Objective(drifting, needs_teacher=False, uses_target_time=False),
 }
 
-__all__ = ["OBJECTIVES", "Losses", "Objective", "Settings", *OBJECTIVES]
+__all__ = ["OBJECTIVES", "Losses", "OFPPaperSettings", "Objective", "Settings", *OBJECTIVES]

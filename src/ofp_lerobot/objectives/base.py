@@ -1,50 +1,14 @@
 """What every objective takes and gives."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from ..errors import choice
 from ..flow_map.path import Velocity, interpolate
 from ..flow_map.times import power_times
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the objectives; the defaults serve fine-tuning and training from scratch (README, design notes)."""
-
-    consistency_weight: float = 0.5  # λ_c
-    consistency_norm: Literal["huber", "squared"] = "huber"  # of its error; squared is the paper's
-    guidance_weight: float = 0.0  # λ_g, from the end of the contraction on; needs condition_dropout
-    condition_dropout: float = 0.0  # p_drop, in the flow term
-    first_segment: Literal["marginal", "conditional"] = "marginal"
-    halved_share: float = 1.0  # of the self-consistency intervals, the teacher's halves being the target; the paper: 0
-    contraction_start: float = 0.25  # ρ at step 0 ...
-    contraction_end: float = 0.05  # ... and from contraction_fraction of the schedule on
-    contraction_fraction: float = 0.5
-    flow_time_alpha: float = 1.5  # flow times are Beta(α, 1)·scale + offset; α = 1 is uniform
-    flow_time_scale: float = 0.999
-    flow_time_offset: float = 0.001
-
-    def __post_init__(self) -> None:
-        choice("consistency_norm", self.consistency_norm, ("huber", "squared"))
-        choice("first_segment", self.first_segment, ("marginal", "conditional"))
-
-    def require_consistent(self) -> None:
-        """Raises ValueError on settings that cannot be trained with together; acting needs none of them."""
-        if self.first_segment == "conditional" and (self.consistency_norm != "squared" or self.halved_share == 1):
-            raise ValueError(
-                "first_segment=conditional is of intervals that are not halved, and its target is right only in the "
-                "mean: set halved_share=0 and consistency_norm=squared"
-            )
-        if self.guidance_weight > 0 and self.condition_dropout == 0:
-            raise ValueError(
-                "guidance_weight > 0 needs the velocity without condition, which condition_dropout=0 never trains: "
-                "set condition_dropout=0.1 or guidance_weight=0"
-            )
+from .settings import Settings
 
 
 class Losses(NamedTuple):
@@ -57,18 +21,18 @@ class Losses(NamedTuple):
 class Objective(NamedTuple):
     """One way to train.
 
-    function: (student, teacher, actions, mask, settings, progress, generator) -> Losses.
+    function: (student, teacher, actions, mask, settings, step, generator) -> Losses.
 
     student, teacher: velocities; the teacher runs without gradients. actions (n, horizon, action_dim) float32,
     normalised, zero in padded dimensions. mask (n, horizon, action_dim) bool, False in padded steps and padded
-    action dimensions, which do not enter the loss. progress: training steps done over `schedule_steps`.
-    generator: on the actions' device; all noise and times come from it.
+    action dimensions, which do not enter the loss. step: optimizer steps taken so far. generator: on the actions'
+    device; all noise and times come from it.
     needs_teacher: whether the teacher is an average of the student's weights. uses_target_time: whether velocities are
     asked for with r < t; where not, only the sampler "euler" fits, and r is no input of the network. differentiates:
     whether the student is differentiated in forward mode, which gradient checkpointing cannot.
     """
 
-    function: Callable[[Velocity, Velocity, Tensor, Tensor, Settings, float, Generator], Losses]
+    function: Callable[[Velocity, Velocity, Tensor, Tensor, Settings, int, Generator], Losses]
     needs_teacher: bool
     uses_target_time: bool = True
     differentiates: bool = False
@@ -88,9 +52,9 @@ def draw_flow(actions: Tensor, settings: Settings, generator: Generator) -> Flow
     t = power_times(
         len(actions),
         generator,
-        alpha=settings.flow_time_alpha,
-        scale=settings.flow_time_scale,
-        offset=settings.flow_time_offset,
+        alpha=settings.time_sampling_beta_alpha,
+        scale=settings.time_sampling_scale,
+        offset=settings.time_sampling_offset,
     )
     return FlowSamples(interpolate(actions, noise, t), t, noise - actions)
 

@@ -5,7 +5,8 @@ from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, expand_time, interpolate, interval_step
 from ..flow_map.times import uniform
-from .base import Losses, Settings, draw_noise, masked_mean
+from .base import Losses, draw_noise, masked_mean
+from .settings import Settings
 
 # Of the authors' code (github.com/YangLing0818/consistency_flow_matching), in our time 1 − t. Theirs has two segments
 # and two steps; one segment lets one step reach the action.
@@ -21,7 +22,7 @@ def consistency_flow_matching(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """‖f(x_t, t) − sg[f(x_s, s)]‖² + α·‖v(x_t, t) − sg[v(x_s, s)]‖², f(x, t) = x − t·v(x, t), s = t − Δt.

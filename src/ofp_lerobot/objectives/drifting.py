@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, interval_step
-from .base import Losses, Settings, draw_noise
+from .base import Losses, draw_noise
+from .settings import Settings
 
 DRAWS = 8  # samples of an observation, each the others' negative
 TEMPERATURES = (0.02, 0.05, 0.2)
@@ -54,7 +55,7 @@ def drifting(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """‖â/scale − sg[â/scale + drift]‖² for DRAWS one-step samples â = ε − u(ε, 1, 1) of each observation.

@@ -3,7 +3,8 @@
 from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity
-from .base import Losses, Settings, draw_flow, masked_mean
+from .base import Losses, draw_flow, masked_mean
+from .settings import Settings
 
 
 def flow_matching(
@@ -12,10 +13,10 @@ def flow_matching(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
-    """‖u(x_t, t, t) − (ε − a)‖² with π₀.₅'s times; neither the teacher nor the progress matters."""
+    """‖u(x_t, t, t) − (ε − a)‖² with π₀.₅'s times; neither the teacher nor the step matters."""
     flow = draw_flow(actions, settings, generator)
     loss = masked_mean((student(flow.x, flow.t, flow.t) - flow.velocity).square(), mask)
     return Losses(loss, {"loss_flow": loss.detach().mean()})

@@ -5,8 +5,9 @@ from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, expand_time, interpolate
 from ..flow_map.times import uniform
-from .base import Losses, Settings, draw_noise, fill_padding
+from .base import Losses, draw_noise, fill_padding
 from .mean_flow import logit_normal, weighted_square, with_derivative
+from .settings import Settings
 
 # Of the authors' code (github.com/Lyy-iiis/imeanflow): times, share of r = t, power and offset of the weight.
 TIME_MEAN, TIME_STD = -0.4, 1.0
@@ -20,7 +21,7 @@ def improved_mean_flow(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """‖V − (ε − a)‖² with V = u(x_t, t, r) + (t − r)·sg[du/dt], weighted by 1/(‖·‖² + c) per sample.

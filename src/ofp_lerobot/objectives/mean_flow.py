@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..flow_map.path import Velocity, expand_time, interpolate
 from ..flow_map.times import uniform
-from .base import Losses, Settings, draw_noise
+from .base import Losses, draw_noise
+from .settings import Settings
 
 # Of the authors' code (github.com/Gsunshine/py-meanflow): times, share of r < t, power and offset of the weight.
 T_MEAN, T_STD = -0.6, 1.6
@@ -44,7 +45,7 @@ def mean_flow(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """‖u(x_t, t, r) − sg[v − (t − r)·du/dt]‖², v = ε − a, du/dt along v, weighted by 1/(‖·‖² + c)^p per sample."""

@@ -5,7 +5,8 @@ from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, interpolate, interval_step
 from ..flow_map.times import grid_intervals
-from .base import Losses, Settings, draw_flow, draw_noise, fill_padding, masked_mean
+from .base import Losses, draw_flow, draw_noise, fill_padding, masked_mean
+from .settings import Settings
 
 
 def shortcut(
@@ -14,7 +15,7 @@ def shortcut(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """‖u(x_t, t, t) − (ε − a)‖² + ‖u(x_t, t, t − d) − sg[(u₁ + u₂)/2]‖² per sample.

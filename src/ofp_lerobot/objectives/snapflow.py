@@ -4,7 +4,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..flow_map.path import Velocity, interval_step
-from .base import Losses, Settings, draw_flow, draw_noise, fill_padding, masked_mean
+from .base import Losses, draw_flow, draw_noise, fill_padding, masked_mean
+from .settings import Settings
 
 # The authors' code is not public; the form and the constants are those of public reimplementations, without their
 # clamp of the target at ±20, which normalised actions do not reach.
@@ -18,7 +19,7 @@ def snapflow(
     actions: Tensor,
     mask: Tensor,
     settings: Settings,
-    progress: float,
+    step: int,
     generator: Generator,
 ) -> Losses:
     """α·‖u(x_t, t, t) − (ε − a)‖² + (1 − α)·λ·‖u(ε, 1, 0) − sg[(v(ε, 1) + v(x_½, ½))/2]‖² per sample.

@@ -1,26 +1,35 @@
 """What the configurations share: the one-step method's settings, their checks, and LeRobot's loose ends."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import DecodingError
-from lerobot.configs import PreTrainedConfig
 
-from ..errors import choice
+from ..compat import LEROBOT, name_saving_version
+from ..errors import choice, within
 from ..objectives import OBJECTIVES, Settings
+from . import retired
 
 _save_hooks: dict[int, WeakMethod[Any]] = {}
 
 
 @dataclass
-class FlowMapConfig(PreTrainedConfig):
-    """Times: t = 1 noise, t = 0 action. Raises ValueError where a setting is out of range, naming it."""
+class FlowMapConfig(Settings):
+    """What the policies add to LeRobot's: how to answer, how to train, and the objectives' `Settings`.
+
+    Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action. Raises ValueError where
+    a setting is out of range, naming it.
+    """
+
+    # A fact: the version that wrote this configuration.
+    lerobot_version: str | None = None
 
     # Inference. flow_map: average velocities over the intervals; euler: r = t, with ten steps π₀.₅'s own sampler.
     num_inference_steps: int = 1
@@ -33,33 +42,23 @@ class FlowMapConfig(PreTrainedConfig):
     # Fraction of the last chunk's unexecuted actions in the start of the next one (0 is off, the paper's best is 0.15).
     warm_start: float = 0.0
 
-    # Training objective and its weights, see `ofp_lerobot.objectives.Settings`.
+    # Training objective, one of `ofp_lerobot.objectives.OBJECTIVES`.
     objective: str = "ofp"
-    consistency_weight: float = 0.5
-    consistency_norm: str = "huber"
-    guidance_weight: float = 0.0
-    condition_dropout: float = 0.0
-    first_segment: str = "marginal"
-    halved_share: float = 1.0
-    contraction_start: float = 0.25
-    contraction_end: float = 0.05
-    contraction_fraction: float = 0.5
-    # Length of the schedules, in optimizer steps: set it to --steps, which LeRobot does not tell the policy.
-    schedule_steps: int = 30_000
     # Noise draws per observation and step; the prefix is shared, so they cost little.
     num_noise_draws: int = 1
     # Steps between the costly diagnostics (one step against ten, spread); 0 is off.
     monitor_freq: int = 500
-    # Flow times are Beta(alpha, 1)·scale + offset; π₀.₅'s, under its names.
-    time_sampling_beta_alpha: float = 1.5
-    time_sampling_scale: float = 0.999
-    time_sampling_offset: float = 0.001
+
+    @classmethod
+    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """A saved configuration under today's names (`retired`)."""
+        return retired.translate(raw)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Every subclass's `__post_init__` names the bad setting to the command line too, see `_told_by_draccus`."""
         super().__init_subclass__(**kwargs)
         if "__post_init__" in cls.__dict__:
-            cls.__post_init__ = _told_by_draccus(cls.__post_init__)  # type: ignore[method-assign]
+            cls.__post_init__ = _told_by_draccus(cls.__dict__["__post_init__"])  # type: ignore[attr-defined]
 
     def check_method(self) -> None:
         """Raises ValueError where a setting of this class is out of range."""
@@ -69,34 +68,15 @@ class FlowMapConfig(PreTrainedConfig):
         within("test_time_samples", self.test_time_samples, 1)
         within("noise_temperature", self.noise_temperature, 0, 1)
         within("warm_start", self.warm_start, 0, 0.99)
-        within("consistency_weight", self.consistency_weight, 0)
-        within("guidance_weight", self.guidance_weight, 0)
-        within("condition_dropout", self.condition_dropout, 0, 1)
-        within("halved_share", self.halved_share, 0, 1)
-        within("contraction_start", self.contraction_start, 0, 1)
-        within("contraction_end", self.contraction_end, 0, 1)
-        within("contraction_fraction", self.contraction_fraction, 0, 1)
-        within("schedule_steps", self.schedule_steps, 1)
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
-        _ = self.settings  # checks itself
+        self.check_settings()
 
-    @property
-    def settings(self) -> Settings:
-        """The objective's settings."""
-        named = {f.name: getattr(self, f.name) for f in fields(Settings) if hasattr(self, f.name)}
-        return Settings(
-            **named,
-            flow_time_alpha=self.time_sampling_beta_alpha,
-            flow_time_scale=self.time_sampling_scale,
-            flow_time_offset=self.time_sampling_offset,
-        )
-
-    def note_device(self, wanted: str | None) -> None:
+    def note_device(self: Any, wanted: str | None) -> None:
         """Remembers what LeRobot's own `__post_init__` may have replaced by a device that is there."""
         self._absent_device = wanted if wanted and wanted != self.device else None
 
-    def require_device(self) -> None:
+    def require_device(self: Any) -> None:
         """Raises ValueError where the device asked for is absent. LeRobot has only warned and taken another by then."""
         if self._absent_device is not None:
             raise ValueError(
@@ -113,7 +93,8 @@ class FlowMapConfig(PreTrainedConfig):
         _save_hooks[id(self)] = WeakMethod(hook)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
+        self.lerobot_version = LEROBOT
+        super()._save_pretrained(save_directory)  # type: ignore[misc]
         reference = _save_hooks.get(id(self))
         hook = reference() if reference is not None else None
         if hook is not None and hook.__self__.config is self:
@@ -134,15 +115,11 @@ def _told_by_draccus(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
             post_init(self)
         except (TypeError, ValueError) as error:
             caller = sys._getframe(2)  # of the __init__ that dataclasses wrote
-            if caller.f_code is not decode_dataclass.__code__:
+            if caller.f_code is not inspect.unwrap(decode_dataclass).__code__:
                 raise
             raise DecodingError((), str(error)) from error
 
     return checked
 
 
-def within(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    if not low <= value <= high:
-        raise ValueError(
-            f"{name} must be {f'in [{low}, {high}]' if high < float('inf') else f'at least {low}'}, got {value}"
-        )
+name_saving_version("ofp", "ofp_unet")

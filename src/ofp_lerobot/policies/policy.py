@@ -4,7 +4,6 @@ Times: t = 1 noise, t = 0 action. b is the batch, horizon is `chunk_size`; actio
 """
 
 import logging
-import os
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,9 @@ from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Generator, Tensor
+from torch.distributed.tensor import DTensor
 
+from ..compat import shards_by_fsdp1, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
@@ -25,7 +26,7 @@ from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .normalisation import check_first_batch
 from .scalars import LaggingScalars
-from .training_state import TrainingState, save_training_state, state_path
+from .training_state import TrainingState, resumed_state, save_training_state, state_path
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,15 @@ class FlowMapPolicy(PreTrainedPolicy):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        # FSDP1 shards what the prefix pass and the teacher read outside `forward` of the wrapped modules.
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if shards_by_fsdp1():  # which flattens what the prefix pass and the teacher read
             raise ValueError(
-                f"policy {self.name!r} does not run under FSDP: launch with DDP (accelerate launch --multi_gpu), and "
-                "save memory with train_expert_only, gradient_checkpointing or PEFT"
+                f"policy {self.name!r} does not run under FSDP1: launch with DDP (accelerate launch --multi_gpu), and "
+                "save memory with train_expert_only, gradient_checkpointing or PEFT; LeRobot 0.7 shards by FSDP2 "
+                "(torchrun … --parallelism.dp_shard)"
             )
+
+    def post_init(self) -> None:
+        """LeRobot 0.7 would cast all to `dtype`; the network keeps what π₀.₅ keeps in float32, on its own."""
 
     def _init_training(self) -> None:
         config = self.config
@@ -63,7 +67,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._seed: int | None = None
         self._step = 0  # optimizer steps taken
         self._calls = 0  # training batches since the last of them, or evaluation batches since the last training one
-        self._resumed: TrainingState | None = None
+        self._resumed = resumed_state(config.pretrained_path)
         self._scalars = LaggingScalars()
         self._diagnosis: dict[str, Tensor] = {}
         self._was_healthy = False
@@ -87,6 +91,9 @@ class FlowMapPolicy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         if not (mode and self.training):
             self._calls = 0
+        if mode and self._seed is None and isinstance(next(self.parameters()), DTensor):
+            self._require_one_dtype()
+            self._begin_training()  # inside `forward` the weights would be rounded to what it computes in
         return super().train(mode)
 
     def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
@@ -110,8 +117,8 @@ class FlowMapPolicy(PreTrainedPolicy):
             self._bind_teacher(prefix.detach()),
             actions.repeat(draws, 1, 1),
             mask.repeat(draws, 1, 1),
-            self.config.settings,
-            self._step / self.config.schedule_steps,
+            self.config,
+            self._step,
             self._generator(_TRAIN if self.training else _EVALUATE, actions.device),
         )
         per_sample = losses.loss.unflatten(0, (draws, len(actions))).mean(dim=0)
@@ -142,16 +149,19 @@ class FlowMapPolicy(PreTrainedPolicy):
         return (loss if reduction == "mean" else per_sample), logs
 
     def update(self) -> None:
-        """After each optimizer step (LeRobot calls it): the teacher follows, the schedules move on."""
+        """After each optimizer step (LeRobot calls it): the teacher follows, a schedule moves on."""
         if self._teacher:
             update_ema(self._teacher, self._student_weights(), TEACHER_DECAY)
         self._step += 1
         self._calls = 0
-        if self._step == self.config.schedule_steps + 1:
-            logger.warning(
-                "training goes on past schedule_steps=%d, the schedules stay at their end: set --policy.schedule_steps "
-                "to --steps",
-                self.config.schedule_steps,
+
+    def _require_one_dtype(self) -> None:
+        """Raises ValueError where FSDP2 cannot reduce the gradients together."""
+        kinds = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.requires_grad}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"FSDP2 needs one dtype for all that trains, here are {' and '.join(sorted(kinds))}: add "
+                "--accelerator.mixed_precision=bf16, which holds weights in float32, or set --policy.dtype=float32"
             )
 
     def _begin_training(self) -> None:
@@ -216,7 +226,7 @@ class FlowMapPolicy(PreTrainedPolicy):
                     high,
                     "they average the modes"
                     if ratio < low
-                    else "they diverge; lower --policy.guidance_weight if it is on",
+                    else "they diverge; with objective=ofp_paper lower --policy.ofp_paper.guidance_weight",
                 )
             self._was_healthy = healthy
         return logs
@@ -251,6 +261,10 @@ class FlowMapPolicy(PreTrainedPolicy):
         """Forgets the running plan; call it whenever the environment resets."""
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
         self._rest: Tensor | None = None
+
+    def drop_queued_actions(self) -> None:
+        """The next call plans anew: LeRobot's rollout says so where the instruction changes."""
+        self.reset()
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -300,8 +314,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     ) -> Tensor | None:
         """The leftover as (b, steps, action).
 
-        padded_to: the length to which LeRobot's real-time chunking pads leftovers with zeros. One of another length,
-        or of another caller, has no padding, and zeros in it are actions.
+        padded_to: the length to which LeRobot's real-time chunking pads leftovers. One of another length, or of another
+        caller, has no padding, and zeros in it are actions.
         """
         if rest is None:
             return None
@@ -313,7 +327,6 @@ class FlowMapPolicy(PreTrainedPolicy):
                 "number of environments changes"
             )
         rest = rest[..., :size]
-        if rest.shape[1] != padded_to:
-            return rest if rest.shape[1] else None
-        known = (rest != 0).any(dim=2).any(dim=0).nonzero()
-        return rest[:, : int(known[-1]) + 1] if len(known) else None
+        if rest.shape[1] == padded_to:
+            rest = without_padding(rest)
+        return rest if rest.shape[1] else None

@@ -58,6 +58,13 @@ def load_training_state(path: Path) -> TrainingState:
     return TrainingState(teacher, int(metadata["step"]), int(metadata["seed"]))
 
 
+def resumed_state(pretrained_path: str | Path | None) -> TrainingState | None:
+    """The training state this process resumes from, None for a new run. Raises as `load_training_state`."""
+    directory = resumed_from(pretrained_path)
+    path = None if directory is None else state_path(directory)
+    return None if path is None else load_training_state(path)
+
+
 def resumed_from(pretrained_path: str | Path | None) -> Path | None:
     """The `pretrained_model` directory this process resumes from, None for a new run.
 

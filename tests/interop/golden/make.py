@@ -181,7 +181,7 @@ def main():
     for steps in cases.FOLDED:
         safetensors.torch.load_model(model, exports / str(steps) / "model.safetensors")  # strict, as openpi loads
         folded[str(steps)] = {case: in_hex(actions(model, case, steps)) for case in cases.OBSERVATIONS}
-    openpi_training.install(schedule_steps=1)
+    openpi_training.install()
     one_step = build("float32")
     fill(one_step)
     answers = {

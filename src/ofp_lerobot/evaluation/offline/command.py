@@ -73,6 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Loads, measures, prints and writes; returns what the JSON file holds."""
     from ...checkpoints.reader import load_config, resolve_source
+    from ...compat import precision
     from ...datasets import resolve_dataset
     from ...devices import resolve_device
     from ...inference.policies import load_policy
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
             "noise_temperature": config.noise_temperature,
-            "dtype": getattr(config, "dtype", "float32"),
+            "dtype": precision(config),
             "device": device,
         },
         "data": {

@@ -93,8 +93,8 @@ def _judge_few(result: dict[str, Any], way: str, telling: bool) -> Verdict:
         (
             few["std_ratio"] > high,
             "over_guided",
-            f"over-guided: with {words} the actions have {sizes}: lower --policy.guidance_weight if it is on, else "
-            "--policy.consistency_weight, and train again",
+            f"over-guided: with {words} the actions have {sizes}: lower "
+            "--policy.consistency_weight, with objective=ofp_paper --policy.ofp_paper.guidance_weight, and train again",
         ),
         (
             varied and spread["value"] < thin,

@@ -7,9 +7,10 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION
 
-from ...errors import choice
+from ...compat import LaterSettings, dtype_name, refuse_foreign_settings
+from ...errors import choice, within
 from ...objectives import OBJECTIVES
-from ..configuration import FlowMapConfig, within
+from ..configuration import FlowMapConfig
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 PALIGEMMA_VOCABULARY = 257152
@@ -45,7 +46,7 @@ SMALL_SIGLIP = {
 
 @PreTrainedConfig.register_subclass("ofp")
 @dataclass
-class OFPConfig(FlowMapConfig, PI05Config):
+class OFPConfig(FlowMapConfig, PI05Config, LaterSettings):
     """Fields of `PI05Config` keep their meaning. Times: t = 1 noise, t = 0 action.
 
     Raises ValueError where a setting is out of range, naming it.
@@ -86,10 +87,11 @@ class OFPConfig(FlowMapConfig, PI05Config):
                 "inference_precision='fp8' is the inference engine's, and not for compile_model: "
                 "set --policy.inference_engine=true --policy.compile_model=false"
             )
-        choice("dtype", self.dtype, ("float32", "bfloat16"))
+        choice("dtype", self.precision, ("float32", "bfloat16"))
         within("chunk_size", self.chunk_size, 1)
         within("n_action_steps", self.n_action_steps, 1)
         self.check_method()
+        refuse_foreign_settings(self)
         if self.n_action_steps > self.chunk_size:
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size}): "
@@ -104,6 +106,11 @@ class OFPConfig(FlowMapConfig, PI05Config):
             raise ValueError("time_sampling_beta_beta must be 1 (flow times are drawn on the device as u^(1/alpha))")
         if self.image_resolution[0] != self.image_resolution[1]:
             raise ValueError(f"image_resolution must be square, got {tuple(self.image_resolution)}")
+
+    @property
+    def precision(self) -> str:
+        """The name of `dtype`."""
+        return dtype_name(self.dtype)
 
     @property
     def uses_engine(self) -> bool:

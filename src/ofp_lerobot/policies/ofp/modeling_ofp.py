@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from ...compat import extend_model_cards, names_are_mapped
 from ...flow_map.path import blend_prefix, sample_chunk, time_grid
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative
-from ..training_state import load_training_state, resumed_from, state_path
+from ..training_state import resumed_from
 from . import weights
 from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
 from .engine import Engine
@@ -52,6 +52,8 @@ class OFPPolicy(FlowMapPolicy):
     config_class = OFPConfig
     name = "ofp"
     encoder = "paligemma_with_expert.paligemma."
+    # What FSDP2 gathers one at a time. The expert stays whole in a pass: the teacher's weights take its weights' place.
+    _fsdp_wrap_modules = ("SiglipEncoderLayer", "PrefixLayer", "GemmaTextScaledWordEmbedding")
 
     def __init__(
         self,
@@ -135,10 +137,9 @@ class OFPPolicy(FlowMapPolicy):
             config = PreTrainedConfig.from_pretrained(source, **hub)
         if not isinstance(config, OFPConfig):
             raise ValueError(f"OFPPolicy needs an 'ofp' configuration, got {config.type!r}")
-        resumed = resumed_from(config.pretrained_path)
-        if not config.use_peft:  # an adapter brings its own processors
+        if not config.use_peft or str(config.pretrained_path) == str(source):  # an adapter brings its own
             weights.check_processors(config, checkpoint, source, **hub)
-        if resumed is None:
+        if resumed_from(config.pretrained_path) is None:
             if not from_pi05 and kwargs.get("dataset_stats") is None:  # acting, not training on another robot's data
                 weights.check_action_size(config, checkpoint, source)
             if from_pi05:
@@ -154,10 +155,6 @@ class OFPPolicy(FlowMapPolicy):
         if from_pi05:
             policy._init_new_parameters()
         weights.load_weights(policy, state, source, new=from_pi05)
-        if resumed is not None:
-            path = state_path(resumed)
-            assert path is not None
-            policy._resumed = load_training_state(path)
         policy.to(config.device)
         policy.eval()
         return policy
@@ -166,10 +163,6 @@ class OFPPolicy(FlowMapPolicy):
     def _init_new_parameters(self) -> None:
         self.model.target_time_mlp_in.reset_parameters()
         self.model.zero_target_time()
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """LeRobot's card, and what it does not know of this policy."""
-        return describe(super().generate_model_card(*args, **kwargs), self.config)
 
     # Training
 
@@ -237,6 +230,9 @@ class OFPPolicy(FlowMapPolicy):
             renamed.get(key, key): {"type": feature.type.value, "shape": list(feature.shape)}
             for key, feature in (self.config.input_features or {}).items()
         }
+        if names_are_mapped():
+            mapped = json.dumps(dict(zip(unknown, absent, strict=True)))
+            return message + f" Check the camera names, or give --rename_map='{mapped}'"
         return message + (
             " Check the camera names. If this run has a --rename_map: LeRobot takes the features' names from the "
             f"dataset all the same, so give the renamed ones too: --policy.input_features='{json.dumps(features)}'"
@@ -363,3 +359,6 @@ class OFPPolicy(FlowMapPolicy):
                 f"{' and '.join(missing)}: add target_time_mlp_in and target_time_mlp_out to "
                 "--peft.full_training_modules, or drop that setting for the default"
             )
+
+
+extend_model_cards(OFPPolicy, OFPConfig, describe)

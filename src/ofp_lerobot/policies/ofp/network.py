@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb, repeat_kv
 
+from ...compat import with_released_names
 from ...objectives import OBJECTIVES
 from .configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
 
@@ -110,6 +111,13 @@ def _unpack(x: Tensor, k: int) -> Tensor:
     return x.unflatten(2, (k, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1).flatten(2)
 
 
+class PrefixLayer:
+    """A layer that runs what it is given: FSDP2 gathers a module's weights around its `forward` and nowhere else."""
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self, *args)
+
+
 class PaliGemmaWithExpert(nn.Module):
     """The two transformers under LeRobot's names: PaliGemma for the prefix, a Gemma with AdaRMS for the actions."""
 
@@ -134,6 +142,11 @@ class PaliGemmaWithExpert(nn.Module):
         )
         expert_config = configs["gemma"](**gemma, **_gemma_sizes(expert), use_adarms=True, adarms_cond_dim=expert.width)
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=vlm_config)
+        self.paligemma.model.vision_tower = with_released_names(self.paligemma.model.vision_tower)
+        layers = self.paligemma.model.language_model.layers
+        prefix_layer = type("PrefixLayer", (PrefixLayer, type(layers[0])), {"__module__": __name__})
+        for layer in layers:
+            layer.__class__ = prefix_layer
         self.gemma_expert = PiGemmaForCausalLM(config=expert_config)
         self.gemma_expert.model.embed_tokens = None
 
@@ -190,8 +203,8 @@ class OFPNetwork(nn.Module):
         nn.init.zeros_(self.target_time_mlp_out.bias)
 
     def _set_precision(self, config: OFPConfig) -> None:
-        self.compute_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        if config.dtype == "float32":
+        self.compute_dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        if config.precision == "float32":
             return
         # As LeRobot, float32 weights for what trains and is small; a frozen tower is stored as it computes.
         kept = [*_FLOAT32_IN_BFLOAT16]
@@ -255,10 +268,10 @@ class OFPNetwork(nn.Module):
             *layers, last = self.vlm.language_model.layers
             keys, values = [], []
             for layer in layers:
-                hidden, k, v = self._maybe_checkpoint(self._prefix_layer, layer, hidden, mask, cos, sin)
+                hidden, k, v = self._maybe_checkpoint(layer, self._prefix_layer, hidden, mask, cos, sin)
                 keys.append(k)
                 values.append(v)
-            k, v = self._maybe_checkpoint(self._prefix_keys, last, hidden, cos, sin)
+            k, v = self._maybe_checkpoint(last, self._prefix_keys, hidden, cos, sin)
             return Prefix((*keys, k), (*values, v), mask)
 
     def _embed_images(self, images: Tensor) -> Tensor:

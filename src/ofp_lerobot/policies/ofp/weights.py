@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...compat import check_readable_processors, released_name
 from .configuration_ofp import OFPConfig
 from .network import NEW_PARAMETERS
 
@@ -154,8 +155,15 @@ def check_processors(config: OFPConfig, checkpoint: dict[str, Any], source: str 
     path = find_file(source, filename, **hub)
     if path is None:
         return
-    steps = {step.get("registry_name"): step.get("config", {}) for step in read_json(path)["steps"]}
+    pipeline = read_json(path)["steps"]
+    check_readable_processors(pipeline, source)
+    entries = {step.get("registry_name"): step for step in pipeline}
+    steps = {name: step.get("config", {}) for name, step in entries.items()}
     tokenizer = steps.get("tokenizer_processor", {})
+    if "tokenizer_name" in entries.get("tokenizer_processor", {}).get("artifacts", {}):
+        # It lies in the checkpoint; where it came from the configuration may say.
+        origin = read_config(source, **hub).get("tokenizer_name")
+        tokenizer = {**tokenizer, "tokenizer_name": origin or tokenizer.get("tokenizer_name")}
     for flag, name, value in (
         ("tokenizer_name", "tokenizer_name", config.tokenizer_name),
         ("tokenizer_max_length", "max_length", config.tokenizer_max_length),
@@ -193,7 +201,7 @@ def load_state_dict(source: str | Path, **hub: Any) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
-    state = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in state.items()}
+    state = {released_name(name if name.startswith(PREFIX) else PREFIX + name): w for name, w in state.items()}
     # openpi ties the two and stores one of them.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state[_HEAD]

@@ -1,13 +1,16 @@
 """Configuration of the `ofp_unet` policy: LeRobot's `diffusion` with the one-step method's settings."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.utils.constants import ACTION
 
-from ..configuration import FlowMapConfig, within
+from ...compat import precision
+from ...errors import choice, within
+from ..configuration import FlowMapConfig
 
 RESNET_STRIDE = 32  # pixels that are one place of its last map
 
@@ -29,7 +32,15 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     pretrained_backbone_weights: str | None = None
     use_group_norm: bool = True
 
+    # Of the learning rate, after a warm-up: a cosine of so many steps, of `--steps` where that is less.
+    scheduler_decay_steps: int = 30_000
     scheduler_decay_lr: float = 0.0
+
+    @classmethod
+    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """`schedule_steps` was the length of the learning rate's decay, too."""
+        decay = {"scheduler_decay_steps": raw["schedule_steps"]} if "schedule_steps" in raw else {}
+        return super().translate({**decay, **raw})
 
     def __post_init__(self) -> None:
         wanted = self.device
@@ -39,6 +50,7 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         within("n_action_steps", self.n_action_steps, 1, self.horizon)
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps must be 1, got {self.n_obs_steps}: ofp_unet sees the current observation")
+        choice("dtype", precision(self), ("float32",))
         if self.compile_model:
             raise ValueError("ofp_unet does not compile: set --policy.compile_model=false")
 
@@ -60,12 +72,12 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         return list(range(self.horizon))
 
     def get_scheduler_preset(self) -> LRSchedulerConfig:  # type: ignore[override]
-        """Warm-up and a cosine over `schedule_steps`."""
+        """Warm-up and a cosine."""
         return CosineDecayWithWarmupSchedulerConfig(
             peak_lr=self.optimizer_lr,
             decay_lr=self.scheduler_decay_lr,
             num_warmup_steps=self.scheduler_warmup_steps,
-            num_decay_steps=self.schedule_steps,
+            num_decay_steps=self.scheduler_decay_steps,
         )
 
     def validate_features(self) -> None:

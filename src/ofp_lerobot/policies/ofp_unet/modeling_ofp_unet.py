@@ -14,7 +14,6 @@ from torch import Tensor
 from ...flow_map.path import sample_chunk
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
-from ..training_state import load_training_state, resumed_from, state_path
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
@@ -38,13 +37,7 @@ class OFPUnetPolicy(FlowMapPolicy):
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
         """An `ofp_unet` checkpoint of any objective, from a directory or the Hub; always strict."""
-        policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
-        resumed = resumed_from(policy.config.pretrained_path)
-        if resumed is not None:
-            path = state_path(resumed)
-            assert path is not None
-            policy._resumed = load_training_state(path)
-        return policy
+        return super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
 
     def _prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The states side by side (b, d), images (b, cameras, 3, h, w) or None."""

@@ -1,0 +1,185 @@
+"""The one place that knows how the versions of LeRobot and transformers differ.
+
+The newest is the normal case. What says "until" serves an older version and goes with it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from draccus.utils import DecodingError
+from huggingface_hub.constants import CONFIG_NAME
+from lerobot.configs import PreTrainedConfig
+from packaging.version import Version
+from torch import Tensor, nn
+
+LEROBOT = version("lerobot")
+UNTIL_0_6_1 = Version(LEROBOT) < Version("0.6.2")
+
+# Settings
+
+# π₀.₅'s that this package does not do, with the value that is off.
+_OFF: dict[str, Any] = {
+    "use_visual_memory": False,
+    "use_proprioceptive_memory": False,
+    "rtc_training_max_delay": 0,
+}
+
+
+@dataclass
+class LaterSettings:
+    """`PI05Config`'s since 0.6.2, so that versions until 0.6.1 read what later ones saved."""
+
+    use_visual_memory: bool = False
+    use_proprioceptive_memory: bool = False
+    memory_frames: int = 6
+    memory_stride: int = 30
+    memory_temporal_attention_every: int = 4
+    rtc_training_max_delay: int = 0
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """LeRobot 0.7's `dtype` is a torch.dtype; until then it was its name."""
+    return str(dtype).removeprefix("torch.")
+
+
+def precision(config: Any) -> str:
+    """The name of a configuration's `dtype`, float32 where none is set; until 0.6.1 some policies have none."""
+    return dtype_name(getattr(config, "dtype", None) or torch.float32)
+
+
+def refuse_foreign_settings(config: Any) -> None:
+    """Raises ValueError for settings that `pi05` takes and this package would ignore."""
+    for name, off in _OFF.items():
+        if getattr(config, name) != off:
+            raise ValueError(f"{name} is not supported by policy type {config.type!r}: set --policy.{name}={off}")
+    if getattr(config.rtc_config, "mode", "guided") == "trained":  # until 0.6.1 there is no mode
+        raise ValueError(
+            "rtc_config.mode=trained needs a policy trained for it, which this package does not do: set "
+            "rtc_config.mode=guided"
+        )
+
+
+def saved_elsewhere(config: dict[str, Any]) -> str:
+    """For an error about a config.json: which version saved it, nothing where it is this one."""
+    saved = config.get("lerobot_version") or "of an unrecorded version"
+    return "" if saved == LEROBOT else f" (saved by LeRobot {saved}, this is {LEROBOT})"
+
+
+def name_saving_version(*types: str) -> None:
+    """`PreTrainedConfig.from_pretrained` says it for policies of these types, where draccus names fields only."""
+    plain = PreTrainedConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    @wraps(plain)
+    def from_pretrained(cls: Any, pretrained_name_or_path: str | Path, **kwargs: Any) -> Any:
+        try:
+            return plain(cls, pretrained_name_or_path, **kwargs)
+        except DecodingError as error:
+            path = Path(pretrained_name_or_path) / CONFIG_NAME
+            config = json.loads(path.read_text()) if path.is_file() else {}
+            if config.get("type") not in types:
+                raise
+            raise ValueError(f"{path} cannot be read{saved_elsewhere(config)}: {error}") from error
+
+    PreTrainedConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
+
+
+# Checkpoints
+
+_TOWER, _RELEASED_TOWER = "vision_tower.", "vision_tower.vision_model."
+
+
+def released_name(name: str) -> str:
+    """A weight's name as in π₀.₅'s released checkpoints; transformers 5.6 left a level out of the vision tower's."""
+    return name if _RELEASED_TOWER in name else name.replace(_TOWER, _RELEASED_TOWER)
+
+
+class _VisionTower(nn.Module):
+    """Gives a vision tower's weights the names of the released checkpoints."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.vision_model: Any = tower
+        self.config: Any = tower.config
+
+    def gradient_checkpointing_enable(self, *args: Any) -> None:
+        self.vision_model.gradient_checkpointing_enable(*args)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.vision_model.gradient_checkpointing_disable()
+
+
+def with_released_names(tower: nn.Module) -> nn.Module:
+    """The vision tower with its layers under `vision_model`."""
+    return tower if hasattr(tower, "vision_model") else _VisionTower(tower)  # until transformers 5.5 it has them there
+
+
+def check_readable_processors(steps: list[dict[str, Any]], source: object) -> None:
+    """Raises ValueError where processors hold their tokenizer, which LeRobot would look for elsewhere until 0.6.1."""
+    if UNTIL_0_6_1 and any(step.get("artifacts") for step in steps):
+        raise ValueError(
+            f"the processors of {source} were saved by LeRobot 0.6.2 or later, with the tokenizer beside them, which "
+            f"LeRobot {LEROBOT} does not find: install lerobot>=0.7, or write the tokenizer's own path as "
+            "tokenizer_name into policy_preprocessor.json of a local copy, and remove `artifacts` there"
+        )
+
+
+# Training
+
+
+def shards_by_fsdp1() -> bool:
+    """Whether this process trains under FSDP1: LeRobot shards by FSDP2, and did by FSDP1 until 0.6.1."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    from accelerate.state import AcceleratorState
+
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    return UNTIL_0_6_1 or getattr(plugin, "fsdp_version", 1) != 2
+
+
+def names_are_mapped() -> bool:
+    """Whether a --rename_map renames the policy's features; until 0.6.1 they keep the dataset's names."""
+    return not UNTIL_0_6_1
+
+
+# Model cards
+
+
+def extend_model_cards(policy_class: Any, config_class: type, extend: Callable[[Any, Any], Any]) -> None:
+    """Adds `extend(card, config)` to the model cards that LeRobot writes for policies of this type."""
+    if hasattr(policy_class, "generate_model_card"):  # until 0.6.1 the policy writes its card
+        of_policy = policy_class.generate_model_card
+        policy_class.generate_model_card = lambda self, *args, **kwargs: extend(
+            of_policy(self, *args, **kwargs), self.config
+        )
+        return
+    from lerobot.common import train_utils
+
+    plain = train_utils.generate_model_card
+
+    @wraps(plain)
+    def generate_model_card(model_cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        card = plain(model_cfg, *args, **kwargs)
+        return extend(card, model_cfg) if isinstance(model_cfg, config_class) else card
+
+    train_utils.generate_model_card = generate_model_card
+
+
+# Acting
+
+
+def without_padding(rest: Tensor) -> Tensor:
+    """The rows of rest (b, steps, a) before those that LeRobot's rollout pads it with.
+
+    LeRobot 0.7 repeats the last action, versions until then add zeros. Nothing is left of zeros alone.
+    """
+    filled = (rest != 0).any(dim=2).any(dim=0).nonzero()
+    rest = rest[:, : int(filled[-1]) + 1] if len(filled) else rest[:, :0]
+    moving = (rest[:, 1:] != rest[:, :-1]).any(dim=2).any(dim=0).nonzero()
+    return rest[:, : int(moving[-1]) + 2] if len(moving) else rest[:, :1]

@@ -1,0 +1,77 @@
+"""Settings that are no more: old checkpoints and files for `lerobot-train` load all the same.
+
+draccus refuses a key that it does not know. LeRobot decodes a policy's configuration from config.json, within
+train_config.json where a run resumes, and within a user's own file. All pass `decode_dataclass` of draccus, so what is
+old is translated there and nowhere else. (A decoder registered for the class would take the policy's flags from
+`lerobot-train`, and a file within a file would not reach it.)
+"""
+
+import logging
+from functools import wraps
+from typing import Any
+
+from draccus.parsers import decoding
+
+logger = logging.getLogger(__name__)
+
+# Until the paper's form became an objective of its own. Values: what held where a file did not say.
+_BEFORE_OFP_PAPER: dict[str, Any] = {
+    "consistency_norm": "huber",
+    "guidance_weight": 0.0,
+    "condition_dropout": 0.0,
+    "first_segment": "marginal",
+    "halved_share": 1.0,
+    "contraction_start": 0.25,
+    "contraction_end": 0.05,
+    "contraction_fraction": 0.5,
+    "schedule_steps": 30_000,
+}
+_OURS = {"consistency_norm": "huber", "guidance_weight": 0.0, "condition_dropout": 0.0, "halved_share": 1.0}
+_PAPERS = {"consistency_norm": "squared", "first_segment": "conditional", "halved_share": 0.0}
+
+
+def translate(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an `ofp` or `ofp_unet` configuration under today's names.
+
+    What trained with the paper's form under `objective: ofp` has `objective: ofp_paper`. Mixtures of both forms, which
+    are gone, act as before and would train as `ofp` does: a warning says so.
+    """
+    old = {name: raw[name] for name in raw if name in _BEFORE_OFP_PAPER}
+    if not old:
+        return raw
+    kept = {name: value for name, value in raw.items() if name not in old}
+    if raw.get("objective", "ofp") != "ofp":
+        return kept  # it did not read them
+    was = _BEFORE_OFP_PAPER | old
+    if all(was[name] == value for name, value in _PAPERS.items()):
+        paper = {
+            "guidance_weight": was["guidance_weight"],
+            "condition_dropout": was["condition_dropout"],
+            "contraction_start": was["contraction_start"],
+            "contraction_end": was["contraction_end"],
+            "contraction_steps": round(was["contraction_fraction"] * was["schedule_steps"]),
+        }
+        if "consistency_weight" in kept:
+            paper["consistency_weight"] = kept.pop("consistency_weight")
+        return {**kept, "objective": "ofp_paper", "ofp_paper": paper}
+    mixed = {name: was[name] for name, value in _OURS.items() if was[name] != value}
+    if mixed:
+        logger.warning(
+            "the configuration has settings that objective=ofp no longer has (%s). The policy acts as before; training "
+            "on takes today's ofp, or the paper's form with --policy.objective=ofp_paper",
+            ", ".join(f"{name}={value}" for name, value in mixed.items()),
+        )
+    return kept
+
+
+_decode_dataclass = decoding.decode_dataclass
+
+
+@wraps(_decode_dataclass)
+def _translated(cls: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
+    if hasattr(cls, "translate"):
+        raw = cls.translate(raw)
+    return _decode_dataclass(cls, raw, *args, **kwargs)
+
+
+decoding.decode_dataclass = _translated  # type: ignore[assignment]
