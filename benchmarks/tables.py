@@ -4,8 +4,8 @@
     python -m benchmarks.tables --check     # 1 where a page is not what this would write
 
 A page holds `<!-- table: NAME -->`, the table, and `<!-- end -->`. NAME is a function of `TABLES`, which reads JSON of
-`benchmarks/results/`, or `settings TYPE`: such a table is written by hand but for its second column, the default, which
-comes from the policy type's configuration.
+`benchmarks/results/`, or `settings KIND`: such a table is written by hand but for its second column, the default, which
+comes from the configuration.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from typing import Any
 
 from benchmarks.speed import estimates
 from ofp_lerobot.evaluation.tables import markdown_table
+from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CONFIGURATIONS = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig}
+CONFIGURATIONS: dict[str, Any] = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig, "ofp_paper": OFPPaperSettings}
 BLOCK = re.compile(r"(?<=<!-- table: )([\w ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
@@ -220,7 +221,7 @@ def undocumented() -> set[str]:
         name
         for configuration in CONFIGURATIONS.values()
         for base in configuration.__mro__
-        if base.__module__.startswith("ofp_lerobot.")
+        if base.__module__.startswith("ofp_lerobot.") and base.__module__ != "ofp_lerobot.compat"
         for name in vars(base).get("__annotations__", {})
         if not name.startswith("_")
     }
