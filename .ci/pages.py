@@ -27,7 +27,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def on_site(found: re.Match[str]) -> str:
         target = os.path.normpath(here / found[1]).removeprefix("docs/")
-        return os.path.relpath(target, Path(source).parent) + (found[2] or "").lower()
+        return os.path.relpath(target, Path(source).parent) + (found[2] or "")
 
-    # GitHub and mkdocs name the headings alike, but for what GitHub keeps of letters like π.
     return LINK.sub(on_site, markdown)
