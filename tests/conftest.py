@@ -1,24 +1,23 @@
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without a word about GPUs the tests run as on a machine without one: `-m gpu` or CUDA_VISIBLE_DEVICES is one. Here and
+# not in a hook: other conftest files import what reads it before any hook runs.
+if "gpu" not in sys.argv:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 
 
-def pytest_configure(config):
-    """Without a word about GPUs the tests run as on a machine without one: `-m gpu` or CUDA_VISIBLE_DEVICES is one."""
-    if not _gpu_only(config):
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are first imported
-
-
 def pytest_ignore_collect(collection_path, config):
     """A GPU machine need not have what the other tests import."""
-    if _gpu_only(config) and collection_path.suffix == ".py" and collection_path.name != "conftest.py":
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py" and collection_path.name != "conftest.py":
         return "mark.gpu" not in collection_path.read_text() or None
     return None
 
@@ -49,10 +48,6 @@ def pytest_collection_modifyitems(items):
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if any(place == slow or place.startswith(f"{slow}/") for slow in SLOW):
             item.add_marker(pytest.mark.slow)
-
-
-def _gpu_only(config):
-    return config.option.markexpr == "gpu"
 
 
 torch.set_num_threads(1)  # module-scoped fixtures train before the one below runs

@@ -198,12 +198,12 @@ def test_post_init_keeps_what_pi05_keeps_in_float32():
 def test_a_tokenizer_in_the_checkpoint_is_compared_by_its_origin(saved, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(compat, "UNTIL_0_6_1", False)
     new = as_saved_by_0_6_2(saved, tmp_path / "new", tokenizer)
-    weights.check_processors(small.ofp_config(tokenizer_name=str(tokenizer)), new)
+    weights.check_processors(small.ofp_config(tokenizer_name=str(tokenizer)), weights.read_config(new), new)
     with pytest.raises(ValueError, match="tokenizer_name=elsewhere has no effect"):
-        weights.check_processors(small.ofp_config(tokenizer_name="elsewhere"), new)
+        weights.check_processors(small.ofp_config(tokenizer_name="elsewhere"), weights.read_config(new), new)
     edited(new, CONFIG, lambda content: content.update(tokenizer_name=None))  # as a `pi05` checkpoint, which knows none
     with pytest.raises(ValueError, match=r"tokenizer_name=elsewhere has no effect.*tokenizer_name='tokenizer'"):
-        weights.check_processors(small.ofp_config(tokenizer_name="elsewhere"), new)
+        weights.check_processors(small.ofp_config(tokenizer_name="elsewhere"), weights.read_config(new), new)
 
 
 def test_a_tokenizer_in_the_checkpoint_comes_along_in_exports(saved, tokenizer, tmp_path):

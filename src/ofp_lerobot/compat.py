@@ -83,7 +83,7 @@ def name_saving_version(*types: str) -> None:
         except DecodingError as error:
             path = Path(pretrained_name_or_path) / CONFIG_NAME
             config = json.loads(path.read_text()) if path.is_file() else {}
-            if config.get("type") not in types:
+            if config.get("type") not in types or "not valid for" not in error.message:
                 raise
             raise ValueError(f"{path} cannot be read{saved_elsewhere(config)}: {error}") from error
 

@@ -212,7 +212,16 @@ def test_chunks_executed_whole_meet_at_a_seam(dataset, tokenizer, tmp_path, caps
 def test_report(saved, dataset, tmp_path, capsys):
     found = check(saved, dataset, tmp_path, "--latency-calls=2")
     assert found.keys() == {
-        *("checkpoint", "data", "warm_start", "demonstrations", "normalised", "ratios_to_ten", "bootstrap"),
+        *(
+            "checkpoint",
+            "data",
+            "warm_start",
+            "demonstrations",
+            "normalised",
+            "ratios_to_ten",
+            "sharpness",
+            "bootstrap",
+        ),
         *("error_by_step", "successive", "per_dimension", "latency_ms", "thresholds", "verdicts", "limits", "versions"),
     }
     assert found["data"]["episodes"] == [1, 2] and len(found["data"]["frames"]) == FRAMES
@@ -477,6 +486,74 @@ def test_verdict(case, label, text):
     one, two = verdict.judge(case)
     assert (one["about"], one["label"]) == ("one", label) and text in one["text"]
     assert two["label"] == label and two["text"] != one["text"]
+
+
+def law(rng, shape, *, width=1.0, modes=0.0):
+    """Chunks (f, k, 3, 2) of width `width` around one of two modes at ± `modes`."""
+    side = modes * rng.choice([-1.0, 1.0], size=(*shape, 1, 1))
+    return side + width * rng.normal(size=(*shape, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("answers", "modes", "spread", "nearest"),
+    [
+        ({}, 0, (0.95, 1.05), (0.95, 1.05)),  # the demonstrations' own law
+        ({"width": 2.0}, 0, (1.9, 2.1), (1.2, 3)),
+        ({"width": 0.0}, 0, (0, 0.01), (0, 0.95)),  # their mean
+        ({}, 6, (0.95, 1.05), (0.95, 1.05)),
+        ({"width": 0.3}, 6, (0.9, 1.05), (0, 0.95)),  # sharper, in both modes
+        ({"width": 0.3, "modes": 0}, 6, (0, 0.2), (3, 10)),  # between them
+    ],
+)
+def test_sharpness_of_known_laws(answers, modes, spread, nearest):
+    rng = np.random.default_rng(0)
+    few = law(rng, (1600, 8), **{"modes": modes, **answers})
+    ten, target = law(rng, (1600, 8), modes=modes), law(rng, (1600,), modes=modes)
+    valid = np.arange(3) < rng.integers(1, 4, size=(1600, 1))
+    found = measure.sharpness(few, ten, target, valid, np.arange(1600), seed=0)
+    for name, (low, high) in (("spread", spread), ("nearest", nearest)):
+        assert low - 0.05 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= high + 0.05
+        assert low <= found[name]["value"] <= high
+
+
+def test_nearest_against_loops():
+    rng = np.random.default_rng(0)
+    few, ten = rng.normal(size=(2, 5, 4, 3, 2))
+    valid = np.arange(3) < np.array([[1], [2], [3], [3], [2]])
+    for f, found in enumerate(measure.log_nearest(few, ten, valid)):
+        distances = [
+            min(np.mean((few[f, i, valid[f]] - ten[f, j, valid[f]]) ** 2) for j in range(4) if j != i) ** 0.5
+            for i in range(4)
+        ]
+        assert found == pytest.approx(np.log(distances).mean())
+
+
+@pytest.mark.parametrize(
+    ("spread", "nearest", "noise", "label", "text"),
+    [
+        ((1.0, 0.9, 1.2), (1.0, 0.9, 1.1), 0.0, None, None),
+        ((0.4, 0.3, 0.5), (0.8, 0.7, 0.9), 0.3, None, None),  # sharper than the data, and where the data is
+        ((1.3, 1.2, 1.4), (1.0, 0.9, 1.3), 0.3, "too_spread", "raise --policy.sharpening_noise=0.3 (try 0.5)"),
+        ((2.0, 1.9, 2.1), (1.8, 1.7, 1.9), 0.0, "too_spread", "raise --policy.sharpening_noise=0 (try 0.2)"),
+        ((1.2, 1.0, 1.4), (1.0, 0.9, 1.3), 0.3, None, None),  # not certain
+        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.5, "too_sharp", "lower --policy.sharpening_noise=0.5"),
+        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.0, "too_sharp", "train longer"),
+    ],
+)
+def test_verdict_on_sharpness(spread, nearest, noise, label, text):
+    names = ("value", "low", "high")
+    result = measured() | {
+        "sharpness": {
+            "spread": dict(zip(names, spread, strict=True)),
+            "nearest": dict(zip(names, nearest, strict=True)),
+        },
+        "checkpoint": {"sharpening_noise": noise},
+    }
+    found = verdict.judge_sharpness(result)
+    assert [each["label"] for each in found] == ([label] if label else [])
+    assert not label or text in found[0]["text"]
+    result["normalised"]["one"]["spread"] = 0.01
+    assert verdict.judge_sharpness(result) == []
 
 
 def test_verdict_on_a_policy_that_does_not_follow():

@@ -55,8 +55,9 @@ def relative(a, b):
 @pytest.mark.parametrize("case", cases.OBSERVATIONS)
 @pytest.mark.parametrize("kind", ["pi05", "ofp"])
 def test_actions(converted, golden, kind, case):
-    """openpi's actions from the same noise: equal to the bit where nothing is masked, in one, two and four steps.
+    """openpi's actions from the same noise: the same arithmetic where nothing is masked, in one, two and four steps.
 
+    Equal to the bit on the processor that made them; stock LeRobot differs by 4e-7 on another.
     A masked camera is left out here and masked there, which sums in another order; over ten steps openpi adds up the
     time in float32.
     """
@@ -69,7 +70,7 @@ def test_actions(converted, golden, kind, case):
         else:
             answer = policy.predict_action_chunk(observation, noise=noise, num_steps=steps)
         expected = floats(golden["actions"][case][str(steps)])[..., : cases.ROBOT_ACTIONS]
-        bound = 2e-5 if steps == 10 else 0.0 if case == "three_cameras" else 1e-6
+        bound = 2e-5 if steps == 10 else 1e-6
         assert relative(answer, expected) <= bound
 
 
@@ -210,8 +211,7 @@ def test_openpi_acts_as_the_exported_policy(source, golden, tokenizer, tmp_path,
         for attention in ("eager", "sdpa"):
             policy.model.attention = attention
             difference = relative(policy.predict_action_chunk(observation, noise=noise), expected)
-            exact = steps == 1 and case == "three_cameras" and attention == "eager"
-            assert difference <= (0.0 if exact else 1e-6 if steps == 1 else 1e-5)
+            assert difference <= (1e-6 if steps == 1 else 1e-5)
     plain = floats(golden["actions"]["three_cameras"][str(steps)])[..., : cases.ROBOT_ACTIONS]
     folded = floats(golden["folded"][str(steps)]["three_cameras"])[..., : cases.ROBOT_ACTIONS]
     assert relative(folded, plain) > 1e-2  # the branch is loud

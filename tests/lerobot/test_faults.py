@@ -35,7 +35,7 @@ BAD_SETTINGS = [
     ("noise_temperature", 2, "noise_temperature must be in [0, 1], got 2"),
     ("sampler", "eulr", "sampler must be one of flow_map, euler, got 'eulr'"),
     ("n_action_steps", 9, "n_action_steps (9) must not exceed chunk_size (8): set --policy.n_action_steps"),
-    ("first_segment", "marginl", "first_segment must be one of"),  # the objective's own
+    ("ofp_paper.condition_dropout", 2, "ofp_paper.condition_dropout must be in [0, 1], got 2"),  # an objective's own
     ("image_resolution", "[32,64]", "image_resolution must be square"),
     ("warm_start", "half", "`warm_start`: Couldn't parse 'half' into a float"),
 ]

@@ -206,6 +206,8 @@ def test_two_ranks_draw_different_noise_and_agree_on_the_weights(dataset, tokeni
     flags = [*runs.train_flags(dataset, output, steps=2), *runs.policy_flags(tokenizer)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    if not compat.UNTIL_0_6_1:  # which refuses what `accelerate launch` puts into the environment
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.lerobot.rank_probe", str(tmp_path), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

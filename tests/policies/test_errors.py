@@ -116,7 +116,7 @@ def test_settings_out_of_range(changes, told):
 )
 def test_settings_of_the_papers_objective(changes, told):
     with pytest.raises(ValueError, match=told):
-        OFPPaperSettings(**changes)
+        small.ofp_config(ofp_paper=OFPPaperSettings(**changes))
 
 
 def test_action_larger_than_the_network():

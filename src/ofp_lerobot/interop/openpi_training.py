@@ -186,11 +186,9 @@ def install(
     first_step: int = 0,
 ) -> type[OneStepPi0]:
     """From now on openpi builds `OneStepPi0` with these settings, in its trainer and in `load_pytorch`."""
-    kept = {
-        "action_dim": action_dim,
-        "settings": settings or Settings(),
-        "first_step": first_step,
-    }
+    settings = settings or Settings()
+    settings.check_settings()
+    kept = {"action_dim": action_dim, "settings": settings, "first_step": first_step}
     installed = type("OneStepPi0", (OneStepPi0,), kept)
     pi0_pytorch.PI0Pytorch = installed
     return installed

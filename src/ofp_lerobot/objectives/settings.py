@@ -7,7 +7,7 @@ from ..errors import within
 
 @dataclass
 class OFPPaperSettings:
-    """Of `ofp_paper` alone. Raises ValueError on settings out of range or that contradict each other."""
+    """Of `ofp_paper` alone."""
 
     consistency_weight: float = 0.5  # λ_c
     guidance_weight: float = 0.01  # λ_g, from the end of the contraction on
@@ -16,7 +16,8 @@ class OFPPaperSettings:
     contraction_end: float = 0.05  # ... and from step `contraction_steps` on
     contraction_steps: int = 15_000  # optimizer steps; half of the run is a sound value
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError where one is out of range or contradicts another."""
         within("ofp_paper.consistency_weight", self.consistency_weight, 0)
         within("ofp_paper.guidance_weight", self.guidance_weight, 0)
         within("ofp_paper.condition_dropout", self.condition_dropout, 0, 1)
@@ -47,3 +48,4 @@ class Settings:
         """Raises ValueError where one is out of range."""
         within("consistency_weight", self.consistency_weight, 0)
         within("sharpening_noise", self.sharpening_noise, 0, 1)
+        self.ofp_paper.check()

@@ -24,8 +24,8 @@ _save_hooks: dict[int, WeakMethod[Any]] = {}
 class FlowMapConfig(Settings):
     """What the policies add to LeRobot's: how to answer, how to train, and the objectives' `Settings`.
 
-    Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action. Raises ValueError where
-    a setting is out of range, naming it.
+    Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action.
+    Raises ValueError where a setting is out of range, naming it.
     """
 
     # A fact: the version that wrote this configuration.
@@ -115,7 +115,7 @@ def _told_by_draccus(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
             post_init(self)
         except (TypeError, ValueError) as error:
             caller = sys._getframe(2)  # of the __init__ that dataclasses wrote
-            if caller.f_code is not inspect.unwrap(decode_dataclass).__code__:
+            if caller.f_code is not inspect.unwrap(decode_dataclass).__code__:  # `retired` wraps it
                 raise
             raise DecodingError((), str(error)) from error
 

@@ -314,8 +314,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     ) -> Tensor | None:
         """The leftover as (b, steps, action).
 
-        padded_to: the length to which LeRobot's real-time chunking pads leftovers. One of another length, or of another
-        caller, has no padding, and zeros in it are actions.
+        padded_to: the length to which LeRobot's real-time chunking pads leftovers. One of another length,
+        or of another caller, has no padding, and all in it are actions.
         """
         if rest is None:
             return None

@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "chunk_size": config.chunk_size,
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
+            "sharpening_noise": config.sharpening_noise,
             "noise_temperature": config.noise_temperature,
             "dtype": precision(config),
             "device": device,
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "latency_ms": latency,
         "thresholds": verdict.THRESHOLDS,
     }
-    result["verdicts"] = verdict.judge(result)
+    result["verdicts"] = verdict.judge(result) + verdict.judge_sharpness(result)
     result["limits"] = [*told_of_statistics, *verdict.limits(result)]
     result["versions"] = {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")}
     name = report.output_name(str(source), args.weights)

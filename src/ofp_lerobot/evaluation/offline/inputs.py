@@ -108,7 +108,8 @@ def check_statistics(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata)
         )
     step = normaliser(checkpoint.preprocessor)
     try:
-        check_relative(config, metadata, step.stats if step is not None else None)
+        if hasattr(config, "use_relative_actions"):  # `ofp_unet` knows absolute ones only
+            check_relative(config, metadata, step.stats if step is not None else None)
     except ValueError as error:
         raise UserError(f"the checkpoint was trained with statistics of the other kind of actions: {error}") from error
     return [f"Statistics that hardly fit the training data: {problem.text}." for problem in problems]

@@ -235,6 +235,44 @@ def variance(sampled: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return step_mean(sampled.astype(np.float64).var(axis=1, ddof=1), valid)
 
 
+def log_nearest(sampled: np.ndarray, reference: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Logarithm of the root mean square distance of samples (f, k, h, a) to the nearest of `reference`: (f,).
+
+    Of another draw, because the same one began from the same noise. The logarithm, because a way that one draw alone
+    took is far from all others, and would outweigh them.
+    """
+    weight = valid / np.maximum(valid.sum(axis=1, keepdims=True), 1) / sampled.shape[-1]
+    gaps = sampled[:, :, None].astype(np.float64) - reference[:, None]
+    squares = np.einsum("fijha,fh->fij", gaps**2, weight)
+    squares[:, np.arange(sampled.shape[1]), np.arange(sampled.shape[1])] = np.inf
+    return 0.5 * np.log(np.maximum(squares.min(axis=2), 1e-30)).mean(axis=1)
+
+
+def sharpness(
+    few: np.ndarray, ten: np.ndarray, target: np.ndarray, valid: np.ndarray, groups: np.ndarray, seed: int
+) -> dict[str, dict[str, float]]:
+    """Whether answers (f, k, h, a) vary as demonstrations do, and lie where ten steps' do; ratios with intervals.
+
+    spread: of the answers, over the demonstrations' around the answers' mean. An answer and a demonstration of one
+    observation are independent, so E‖answer − demonstration‖² = spread² + that². It is 1 for answers of the
+    demonstrations' own law and 0 for their mean; above 1 the answers vary more, whatever their mean.
+    nearest: distance to the nearest of ten steps' answers, over the same among these. It is 1 for answers of the same
+    law, less for narrower ones around the same ways, more for answers between the ways.
+    """
+    varies = variance(few, valid)
+    around = square_error(few, target, valid) - varies
+    further = log_nearest(few, ten, valid) - log_nearest(ten, ten, valid)
+    _, group = np.unique(groups, return_inverse=True)
+    sums = np.stack([np.bincount(group, weights=further), np.bincount(group)])
+    drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
+    means, counts = sums[:, drawn].sum(axis=2)
+    low, high = np.exp(np.quantile(means / counts, (0.025, 0.975)))
+    return {
+        "spread": ratio_interval(varies, around, groups, seed),
+        "nearest": {"value": float(np.exp(further.mean())), "low": float(low), "high": float(high)},
+    }
+
+
 def root(squares: np.ndarray) -> float:
     """Root of the mean over frames."""
     return float(np.sqrt(squares.mean()))
@@ -337,6 +375,7 @@ def summarise(collected: Collected, *, executed: int, seed: int) -> dict[str, An
             }
             for way in FEW
         },
+        "sharpness": sharpness(now.sampled["one"], ten, now.target, now.valid, groups, seed),
         "bootstrap": {"unit": "episodes" if by_episode else "frames", "count": len(np.unique(groups))},
         "error_by_step": {way: _by_step(x, now) for way, x in now.sampled.items()},
         "successive": None if later is None else _successive(collected, executed),

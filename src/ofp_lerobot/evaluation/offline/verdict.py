@@ -13,12 +13,13 @@ THRESHOLDS = {
     "spread_ratio": list(HEALTHY_STD_RATIO),
     "error_ratio": round(1.2**0.5, 3),
     "telling_spread": 0.05,  # below this share of the demonstrations' deviation a spread says nothing
+    "sharpness": round(1.2**0.5, 3),  # of both ratios of `measure.sharpness`, a fifth in squares here too
 }
 
 
 class Verdict(NamedTuple):
     """label: as_good, worse, undecided, collapsed, scattered, over_guided, wrong_size, not_telling, not_following or
-    other_statistics.
+    other_statistics. Of sharpness: too_sharp or too_spread.
     """
 
     about: str
@@ -62,6 +63,31 @@ def _not_following(result: dict[str, Any]) -> list[Verdict]:
         "and statistics, or train longer"
     )
     return [Verdict("ten", "not_following", text)]
+
+
+def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Whether one step is too sharp or too spread for its data and what to change; nothing where neither is certain."""
+    found, limit = result["sharpness"], THRESHOLDS["sharpness"]
+    spread, nearest = found["spread"], found["nearest"]
+    if result["normalised"]["one"]["spread"] < THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]:
+        return []
+    noise = result["checkpoint"]["sharpening_noise"]
+    if spread["low"] > limit:
+        text = (
+            f"one step is too spread: its answers vary {spread['value']:.2f} [{spread['low']:.2f}, "
+            f"{spread['high']:.2f}] times as much as the demonstrations around them (healthy to {limit}): train "
+            f"longer, or raise --policy.sharpening_noise={noise:g} (try {noise + 0.2:g}) and train on"
+        )
+        return [Verdict("one", "too_spread", text)._asdict()]
+    if nearest["low"] > limit:
+        change = f"lower --policy.sharpening_noise={noise:g}" if noise else "train longer, or with more demonstrations"
+        text = (
+            f"one step is too sharp: its answers are {nearest['value']:.2f} [{nearest['low']:.2f}, "
+            f"{nearest['high']:.2f}] times as far from ten steps' answers as those from one another (healthy to "
+            f"{limit}), so they lie between the ways that the demonstrations take: {change}"
+        )
+        return [Verdict("one", "too_sharp", text)._asdict()]
+    return []
 
 
 def _judge_few(result: dict[str, Any], way: str, telling: bool) -> Verdict:

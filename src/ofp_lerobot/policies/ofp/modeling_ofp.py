@@ -137,7 +137,7 @@ class OFPPolicy(FlowMapPolicy):
             config = PreTrainedConfig.from_pretrained(source, **hub)
         if not isinstance(config, OFPConfig):
             raise ValueError(f"OFPPolicy needs an 'ofp' configuration, got {config.type!r}")
-        if not config.use_peft or str(config.pretrained_path) == str(source):  # an adapter brings its own
+        if not config.use_peft or str(config.pretrained_path) == str(source):  # an adapter brings its own processors
             weights.check_processors(config, checkpoint, source, **hub)
         if resumed_from(config.pretrained_path) is None:
             if not from_pi05 and kwargs.get("dataset_stats") is None:  # acting, not training on another robot's data

@@ -22,10 +22,11 @@ class TextExtent(NamedTuple):
 
 def text_extent(tokens: Tensor, mask: Tensor) -> TextExtent:
     """mask (b, text) bool, False at padding, which is on the right or anywhere. Waits for the tensors' device."""
+    largest = int(tokens.max())
     seen = mask.cpu().numpy()  # a few numbers: NumPy takes a tenth of PyTorch's time
     last = (seen * np.arange(1, seen.shape[1] + 1)).max(axis=1)
     whole = np.where(seen.sum(axis=1) == last, last, 0)  # rows with gaps have padding from their start
-    shortest, longest, largest = int(whole.min()), int(last.max()), int(tokens.max())
+    shortest, longest = int(whole.min()), int(last.max())
     return TextExtent(tuple(tokens.shape), shortest, max(longest, 1), largest)
 
 

@@ -162,7 +162,7 @@ def check_processors(config: OFPConfig, checkpoint: dict[str, Any], source: str 
     tokenizer = steps.get("tokenizer_processor", {})
     if "tokenizer_name" in entries.get("tokenizer_processor", {}).get("artifacts", {}):
         # It lies in the checkpoint; where it came from the configuration may say.
-        origin = read_config(source, **hub).get("tokenizer_name")
+        origin = checkpoint.get("tokenizer_name")
         tokenizer = {**tokenizer, "tokenizer_name": origin or tokenizer.get("tokenizer_name")}
     for flag, name, value in (
         ("tokenizer_name", "tokenizer_name", config.tokenizer_name),
