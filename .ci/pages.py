@@ -9,7 +9,10 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "recipes/README.md")
-OUTSIDE += ("benchmarks/README.md", *(f"benchmarks/results/{path.name}" for path in ROOT.glob("benchmarks/results/*.json")))
+OUTSIDE += (
+    "benchmarks/README.md",
+    *(f"benchmarks/results/{path.name}" for path in ROOT.glob("benchmarks/results/*.json")),
+)
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?(?=\))")
 
 

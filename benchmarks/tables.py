@@ -56,7 +56,14 @@ def headline() -> list[str]:
         ("one answer: our own engine, ten steps", f"{ten:.1f} ms", f"{one:.1f} ms", f"{ten / one:.1f} ×"),
     ]
     before, after = control["stock, 10"]["median_ms"], control["ours, 1"]["median_ms"]
-    rows += [("camera images to actions: LeRobot's π₀.₅, ten steps", f"{before:.0f} ms", f"{after:.1f} ms", f"{before / after:.0f} ×")]
+    rows += [
+        (
+            "camera images to actions: LeRobot's π₀.₅, ten steps",
+            f"{before:.0f} ms",
+            f"{after:.1f} ms",
+            f"{before / after:.0f} ×",
+        )
+    ]
     for mode, label in (("full", "all weights"), ("expert_only", "action expert only")):
         ours, theirs = training[f"{mode}, ours, batch 4"], training[f"{mode}, stock, batch 4"]
         cells = (f"{row['median_ms']:.0f} ms, {row['peak_gb']:.1f} GB" for row in (theirs, ours))
@@ -78,7 +85,14 @@ def latency() -> list[str]:
         )
         for steps in (1, 2, 10)
     ]
-    head = ("steps", "stock LeRobot, ms", "without the engine", "engine before fused kernels", "engine", "stock ÷ engine")
+    head = (
+        "steps",
+        "stock LeRobot, ms",
+        "without the engine",
+        "engine before fused kernels",
+        "engine",
+        "stock ÷ engine",
+    )
     return markdown_table(head, rows)
 
 
@@ -243,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{path}: {'differs from what python -m benchmarks.tables writes' if arguments.check else 'written'}")
     for name in sorted(undocumented()):
         print(f"docs/settings.md does not name {name}")
-    return 1 if arguments.check and old or undocumented() else 0
+    return 1 if (arguments.check and old) or undocumented() else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Requests as openpi's own robots send them, against what must reach a LeRobot policy."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
