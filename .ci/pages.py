@@ -19,7 +19,10 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?(?=\))")
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages outside docs/ under their paths in the repository."""
     for path in OUTSIDE:
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+        file = File.generated(config, path, abs_src_path=str(ROOT / path))
+        if path == "README.md":
+            file.dest_uri = file.url = "readme.html"  # docs/index.md is the site's index.html
+        files.append(file)
     return files
 
 

@@ -91,7 +91,7 @@ def latency() -> list[str]:
         "without the engine",
         "engine before fused kernels",
         "engine",
-        "stock ÷ engine",
+        "factor",
     )
     return markdown_table(head, rows)
 

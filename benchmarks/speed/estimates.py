@@ -1,4 +1,4 @@
-"""What one answer takes on cards that nobody has measured: counted work over data-sheet rates and the H200's efficiency.
+"""What one answer takes on cards that nobody has measured: counted work, data-sheet rates, the H200's efficiency.
 
     python -m benchmarks.speed.estimates        # the table of docs/speed.md; nothing runs
 
