@@ -10,7 +10,7 @@ OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-fast lint bench clean
+.PHONY: quickstart test test-fast lint docs bench clean
 
 quickstart: $(VENV)/.ready-test
 	$(BIN)/python -m examples.quickstart
@@ -28,6 +28,11 @@ lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Tables as their JSON and settings say, no broken link; the site lies in outputs/site.
+docs: $(VENV)/.ready-test
+	$(BIN)/python -m benchmarks.tables --check
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python -m benchmarks.speed.latency --json outputs/bench/latency.json

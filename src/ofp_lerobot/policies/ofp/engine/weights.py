@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..network import OFPNetwork
 from .operations import Quantised, quantise
@@ -89,8 +90,8 @@ def why_not(network: OFPNetwork) -> str | None:
     """Why the fast path cannot run this network, None where it can."""
     if network.attention != "sdpa":
         return f"its attention is {network.attention!r}"
-    if kinds := {type(parameter).__name__ for parameter in network.parameters()} - {"Parameter", "Tensor"}:
-        return f"its parameters are {', '.join(sorted(kinds))} (sharded or quantised)"
+    if wrapped := {type(p).__name__ for p in network.parameters() if is_traceable_wrapper_subclass(p)}:
+        return f"its parameters are of type {', '.join(sorted(wrapped))} (sharded or quantised)"
     for name, module in network.named_modules():
         kind, linear = type(module), isinstance(module, nn.Linear)
         foreign = not kind.__module__.startswith(_HOMES) or (linear and kind is not nn.Linear)
