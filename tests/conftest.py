@@ -6,7 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a word about GPUs the tests run as on a machine without one: `-m gpu` or CUDA_VISIBLE_DEVICES is one. Here and
 # not in a hook: other conftest files import what reads it before any hook runs.
-if "gpu" not in sys.argv:
+if any("gpu" in argument for argument in sys.argv):
+    os.environ["OFP_TEST_GPU"] = "1"  # for the processes of `-n`, which have other arguments
+if "OFP_TEST_GPU" not in os.environ:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -25,7 +25,7 @@ UNTIL_0_6_1 = Version(LEROBOT) < Version("0.6.2")
 # Settings
 
 # π₀.₅'s that this package does not do, with the value that is off.
-_OFF: dict[str, Any] = {
+FOREIGN: dict[str, Any] = {
     "use_visual_memory": False,
     "use_proprioceptive_memory": False,
     "rtc_training_max_delay": 0,
@@ -56,7 +56,7 @@ def precision(config: Any) -> str:
 
 def refuse_foreign_settings(config: Any) -> None:
     """Raises ValueError for settings that `pi05` takes and this package would ignore."""
-    for name, off in _OFF.items():
+    for name, off in FOREIGN.items():
         if getattr(config, name) != off:
             raise ValueError(f"{name} is not supported by policy type {config.type!r}: set --policy.{name}={off}")
     if getattr(config.rtc_config, "mode", "guided") == "trained":  # until 0.6.1 there is no mode

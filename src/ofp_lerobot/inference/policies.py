@@ -1,5 +1,6 @@
 """A policy ready to act: its weights, the processors saved with it, and how it answers."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from ..policies.ofp.prompt import require_whole
 from ..policies.ofp.text import TextExtentProcessorStep
 from .observations import TASK, ObservationError
 from .sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 _TOUCH_NO_IMAGE = (
     AddBatchDimensionProcessorStep,
@@ -157,8 +160,13 @@ def load_policy(
     config, kind = load_config(source, device=device, as_ofp=as_ofp, **changes)
     if kind == "pi05" and not as_ofp:
         if _takes_engine(config, engine):
-            changes |= {"sampler": "euler", "inference_engine": True}
-            config, _ = load_config(source, device=device, as_ofp=True, **changes)
+            ours = {**changes, "sampler": "euler", "inference_engine": True}
+            try:
+                config, _ = load_config(source, device=device, as_ofp=True, **ours)
+            except UserError as error:
+                if engine:
+                    raise
+                logger.warning("%s; LeRobot's own code answers, without the inference engine", error)
     elif engine is not None:
         config, _ = load_config(source, device=device, as_ofp=as_ofp, inference_engine=engine, **changes)
     processors = load_processors(source, config, rename_map)

@@ -30,7 +30,9 @@ class StateCheck:
         if self._mode is None or len(self._bounds) != 2 or any(len(bound) != self._size for bound in self._bounds):
             return None
         low, high = self._bounds
-        far = np.flatnonzero(np.abs(normalise(state, low, high, self._mode)) > FAR)
+        far = np.abs(normalise(state, low, high, self._mode)) > FAR
+        same = np.abs(state - low) <= 1e-3 * np.maximum(1, np.abs(low))  # a constant dimension may have its rounding
+        far = np.flatnonzero(far & ~((low == high) & same))
         if not len(far):
             return None
         lower, upper = (low - high, low + high) if self._mode is NormalizationMode.MEAN_STD else (low, high)

@@ -31,8 +31,9 @@ def ofp(
     L_sc = h(2·‖u(x_t, t, r) − sg[target]‖²), target = (v + u⁻(x_m, m, r))/2 with m = (t + r)/2, v = u⁻(x_t, t, m) and
     x_m = x_t − (t − m)·v: where the teacher's two halves lead, as in shortcut models (arXiv 2410.12557), for which the
     exact map is a fixed point at any width. Where an interval is `narrow` (`flow_map.times.Halves`), both velocities
-    are the instantaneous ones. h is the pseudo-Huber norm of arXiv 2310.14189, h(e²) = √(e² + c²) − c: this target has
-    no noise that must be averaged, and where the map is steep, between modes, squares would smooth it.
+    are the instantaneous ones. h is the pseudo-Huber norm of arXiv 2310.14189, h(e²) = √(e² + c²) − c: without
+    sharpening this target has no noise that must be averaged, and where the map is steep, between modes, squares would
+    smooth it. Sharpening's renoising adds some, which the norm then follows to its median rather than its mean.
     Sharpening moves the target of (t, r) = (1, 0), the one step, so that it leads to a′ instead of â
     (`sharpening.mean_shift`). Other intervals keep theirs, or it would compound along the halves.
     """
@@ -46,11 +47,11 @@ def ofp(
         x_m = interval_step(x_t, first, cut.t, cut.m)
         second = teacher(x_m, cut.m, torch.where(cut.narrow, cut.m, cut.r))
         target = (first + second) / 2
-        shift = torch.zeros_like(target)
+        one_step, shift = (cut.t == 1) & (cut.r == 0), torch.zeros_like(target)
         if settings.sharpening_noise > 0:
             answers = interval_step(x_t, target, cut.t, cut.r)
             sharp = mean_shift(teacher, answers, mask, settings.sharpening_noise, generator)
-            shift = (sharp - answers) * expand_time((cut.t == 1) & (cut.r == 0), answers)
+            shift = (sharp - answers) * expand_time(one_step, answers)
             target = target - shift  # over a length t − r of 1
     u = student(torch.cat([flow.x, x_t]), torch.cat([flow.t, cut.t]), torch.cat([flow.t, cut.r])).chunk(2)
 
@@ -63,6 +64,6 @@ def ofp(
             "loss_flow": flow_loss.detach().mean(),
             "loss_consistency": consistency.detach().mean(),
             "consistency_error": residual.detach().mean(),
-            "sharpening_shift": masked_mean(shift.square(), mask).mean().sqrt(),
+            "sharpening_shift": (masked_mean(shift.square(), mask).sum() / one_step.sum().clamp(min=1)).sqrt(),
         },
     )

@@ -50,7 +50,7 @@ class FlowMapConfig(Settings):
     monitor_freq: int = 500
 
     @classmethod
-    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+    def _ofp_translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """A saved configuration under today's names (`retired`)."""
         return retired.translate(raw)
 

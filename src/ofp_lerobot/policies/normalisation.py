@@ -14,6 +14,8 @@ import numpy as np
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION
 
+from .training_state import resumed_from
+
 logger = logging.getLogger(__name__)
 
 Statistics = Mapping[str, Mapping[str, Any]]
@@ -74,6 +76,8 @@ def _of_feature(
     key: str, size: int, mode: NormalizationMode, known: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> list[Problem]:
     needed = BOUNDS[mode]
+    if not key.startswith(ACTION):  # a checkpoint may declare its base model's padded size; the data's is what counts
+        size = len(known[needed[0]])
     if wrong := [name for name in needed if len(known[name]) != size]:
         told = f"{key}: {wrong[0]} has {len(known[wrong[0]])} values, the data {size} dimensions"
         return [Problem(key, "broken", told)]
@@ -168,7 +172,7 @@ def require_usable_statistics(config: Any, statistics: Statistics | None, binned
     severe = [p for p in problems if p.kind == "broken" or (p.kind == "narrow" and p.key not in binned)]
     told = "the statistics cannot normalise these data" if severe else "the statistics hardly fit these data"
     text = f"{told}: {'; '.join(p.text for p in severe or problems)}. {cure(severe or problems, features, mapping)}"
-    if severe:
+    if severe and resumed_from(config.pretrained_path) is None:  # a run that goes on has lived with them
         raise ValueError(text)
     if problems:
         logger.warning("%s", text)

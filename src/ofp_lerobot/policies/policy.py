@@ -71,6 +71,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._scalars = LaggingScalars()
         self._diagnosis: dict[str, Tensor] = {}
         self._was_healthy = False
+        self._saw_batch = False
         config.on_save(self._save_training_state)
         self.reset()
 
@@ -105,9 +106,9 @@ class FlowMapPolicy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-        first = self.training and self._seed is None
-        if first:
+        if self.training and self._seed is None:
             self._begin_training()
+        first, self._saw_batch = self.training and not self._saw_batch, self._saw_batch or self.training
         actions, mask, finite = self._prepare_actions(batch)
         largest = torch.where(mask, actions, 0.0).abs().amax(dim=(0, 1))
         prefix = self.model.encode(*self._prepare_observation(batch))

@@ -69,8 +69,8 @@ _decode_dataclass = decoding.decode_dataclass
 
 @wraps(_decode_dataclass)
 def _translated(cls: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
-    if hasattr(cls, "translate"):
-        raw = cls.translate(raw)
+    if isinstance(raw, dict) and hasattr(cls, "_ofp_translate"):  # every other class is left as it is
+        raw = cls._ofp_translate(raw)
     return _decode_dataclass(cls, raw, *args, **kwargs)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -279,11 +280,23 @@ def test_moving_the_policy_gives_the_joined_memory_back(plain, fast):
     same_everywhere(plain, fast.to(torch.float32))
 
 
+class PlainPorts:
+    """Stands in for the memory that inputs come in by, without any on a GPU."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    like = classmethod(lambda cls, inputs: cls(inputs))
+
+    def cut(self, text):
+        return PlainPorts(self.inputs.cut(text))
+
+
 class PlainGraph:
     """Stands in for a recorded graph where there is no GPU: runs its program."""
 
-    def __init__(self, run, inputs, turn, pool):
-        self.run, self.shapes = run, [t.shape for t in inputs.tensors()]
+    def __init__(self, run, ports, turn, pool):
+        self.run, self.shapes = run, [t.shape for t in ports.inputs.tensors()]
 
     def __call__(self, inputs):
         assert [t.shape for t in inputs.tensors()] == self.shapes
@@ -298,6 +311,7 @@ def test_which_graphs_are_recorded_and_chosen(plain, fast, monkeypatch):
     monkeypatch.setattr(engine, "Graph", lambda *args: recorded.append(PlainGraph(*args)) or recorded[-1])
     monkeypatch.setattr(engine, "turn_of", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(engine, "Ports", PlainPorts)
     monkeypatch.setattr(engine, "TEXT_BUCKET", 5)
     monkeypatch.setattr(engine, "MOST_SHAPES", 2)
     monkeypatch.setattr(fast._engine, "_records", lambda device: True)
@@ -398,7 +412,7 @@ def test_without_triton_pytorchs_kernels_serve_and_it_is_said(monkeypatch, caplo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with caplog.at_level(logging.WARNING):
         assert isinstance(engine.fastest(torch.device("cuda")), Plain)
-    assert "Triton is missing" in caplog.text
+    assert "Triton cannot be used" in caplog.text
 
 
 def test_older_gpus_and_cpus_run_pytorchs_kernels(monkeypatch):
@@ -422,9 +436,81 @@ def test_the_fused_program_answers_as_the_plain_path(plain, fast, monkeypatch):
                 assert_same(actual, plain._sample(observation, noise, 1.0))
 
 
-def test_8_bits_are_refused_where_nothing_multiplies_them(plain):
+def test_8_bits_are_refused_where_nothing_multiplies_them(plain, caplog):
     fast = fast_copy(plain, inference_precision="fp8")
     with pytest.raises(ValueError, match="inference_precision=full"):
         fast.predict_action_chunk(small.batch(1))
-    with pytest.raises(ValueError, match="inference_engine=true"):
-        small.ofp_config(inference_precision="fp8", inference_engine=False)
+    with pytest.raises(ValueError, match="compile_model=false"):
+        small.ofp_config(inference_precision="fp8", compile_model=True)
+    small.ofp_policy(inference_precision="fp8")
+    assert "products are exact" in caplog.text
+
+
+def test_inputs_that_do_not_fit_together_are_told_by_the_plain_path(plain, fast):
+    batch = small.batch(2)
+    batch["observation.language.tokens"] = batch["observation.language.tokens"][:1]
+    batch["observation.language.attention_mask"] = batch["observation.language.attention_mask"][:1]
+    for policy in (plain, fast):
+        with pytest.raises((RuntimeError, ValueError)):
+            policy.predict_action_chunk(batch, noise=torch.zeros(1, small.HORIZON, 8))
+
+
+def test_widths_that_alternate_record_each_length_once(plain, fast, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(engine, "Graph", lambda *args: recorded.append(PlainGraph(*args)) or recorded[-1])
+    monkeypatch.setattr(engine, "turn_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(engine, "Ports", PlainPorts)
+    monkeypatch.setattr(engine, "TEXT_BUCKET", 5)
+    monkeypatch.setattr(fast._engine, "_records", lambda device: True)
+    for width in (12, 7, 12, 7, 12):  # lengths 5, 10 and 12, then 5 and 7
+        batch = small.batch(1, text=width, seed=width)
+        for key in ("observation.language.tokens", "observation.language.attention_mask"):
+            batch[key] = batch[key][:, :width]
+        noise = noise_for(batch)
+        assert_same(fast.predict_action_chunk(batch, noise=noise), plain.predict_action_chunk(batch, noise=noise))
+    assert len(recorded) == 4
+
+
+def test_memory_that_runs_out_while_recording(plain, fast, monkeypatch, caplog):
+    """The first attempt is given back before the second, and then the program runs as it is."""
+    alive = []
+
+    class Full(PlainGraph):
+        def __init__(self, *args):
+            super().__init__(*args)
+            if alive and alive[-1]() is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine, "Graph", Full)
+    monkeypatch.setattr(engine, "turn_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(engine, "Ports", PlainPorts)
+    monkeypatch.setattr(engine, "TEXT_BUCKET", 5)
+    monkeypatch.setattr(fast._engine, "_records", lambda device: True)
+    for seed in range(2):
+        same_everywhere(plain, fast, seeds=(seed,))
+    assert caplog.text.count("no memory to record") == 1 and len(alive) == 2 and alive[0]() is None
+
+
+def test_a_recording_that_fails_leaves_no_branch_open(plain, fast):
+    """The prefix may run out of memory: what runs beside it is waited for all the same."""
+    joined = []
+
+    class Fails(Plain):
+        @contextmanager
+        def beside(self, device):
+            yield lambda: joined.append(True)
+
+        def attend(self, *args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    weights = fast._engine._current_weights(torch.device("cpu"))
+    fast._engine._operations = Fails()
+    observation = fast._observe(small.batch(1))
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        fast._engine._program(weights, "right", instantaneous=False)(
+            *observation[:3], torch.zeros(1, small.HORIZON, 8), torch.tensor([1.0, 0.0])
+        )
+    assert joined

@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "chunk_size": config.chunk_size,
             "n_action_steps": config.n_action_steps,
             "test_time_samples": config.test_time_samples,
+            "objective": None if kind == "pi05" else config.objective,
             "sharpening_noise": config.sharpening_noise,
             "noise_temperature": config.noise_temperature,
             "dtype": precision(config),

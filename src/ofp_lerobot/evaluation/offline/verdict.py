@@ -65,18 +65,23 @@ def _not_following(result: dict[str, Any]) -> list[Verdict]:
     return [Verdict("ten", "not_following", text)]
 
 
+MOST_NOISE = 0.5  # more narrows answers towards their mean
+
+
 def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
     """Whether one step is too sharp or too spread for its data and what to change; nothing where neither is certain."""
     found, limit = result["sharpness"], THRESHOLDS["sharpness"]
     spread, nearest = found["spread"], found["nearest"]
     if result["normalised"]["one"]["spread"] < THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]:
         return []
-    noise = result["checkpoint"]["sharpening_noise"]
+    noise, objective = result["checkpoint"]["sharpening_noise"], result["checkpoint"].get("objective", "ofp")
+    sharpens = objective == "ofp" and noise + 0.2 <= MOST_NOISE
+    raise_it = f", or raise --policy.sharpening_noise={noise:g} (try {noise + 0.2:g}) and train on" if sharpens else ""
     if spread["low"] > limit:
         text = (
             f"one step is too spread: its answers vary {spread['value']:.2f} [{spread['low']:.2f}, "
             f"{spread['high']:.2f}] times as much as the demonstrations around them (healthy to {limit}): train "
-            f"longer, or raise --policy.sharpening_noise={noise:g} (try {noise + 0.2:g}) and train on"
+            f"longer{raise_it}"
         )
         return [Verdict("one", "too_spread", text)._asdict()]
     if nearest["low"] > limit:

@@ -82,11 +82,8 @@ class OFPConfig(FlowMapConfig, PI05Config, LaterSettings):
         choice("action_expert_variant", self.action_expert_variant, gemma)
         choice("vision_variant", self.vision_variant, ("siglip_so400m", *SMALL_SIGLIP))
         choice("inference_precision", self.inference_precision, ("full", "fp8"))
-        if self.inference_precision == "fp8" and (self.inference_engine is False or self.compile_model):
-            raise ValueError(
-                "inference_precision='fp8' is the inference engine's, and not for compile_model: "
-                "set --policy.inference_engine=true --policy.compile_model=false"
-            )
+        if self.inference_precision == "fp8" and self.compile_model:
+            raise ValueError("inference_precision='fp8' is not for compile_model: set --policy.compile_model=false")
         choice("dtype", self.precision, ("float32", "bfloat16"))
         within("chunk_size", self.chunk_size, 1)
         within("n_action_steps", self.n_action_steps, 1)

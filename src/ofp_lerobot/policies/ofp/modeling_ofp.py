@@ -95,6 +95,8 @@ class OFPPolicy(FlowMapPolicy):
             mode = config.compile_mode if config.compile_model else None
             fp8, asked = config.inference_precision == "fp8", config.inference_engine is True
             self._engine = Engine(self.model, compile_mode=mode, fp8=fp8, asked=asked)
+        elif config.inference_precision == "fp8":
+            logger.warning("inference_precision=fp8 is the inference engine's, which is off here: products are exact")
         self.init_rtc_processor()
         self._init_training()
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...compat import check_readable_processors, released_name
+from ...compat import FOREIGN, check_readable_processors, released_name
 from .configuration_ofp import OFPConfig
 from .network import NEW_PARAMETERS
 
@@ -130,7 +130,8 @@ def warn_of_differences(config: OFPConfig, checkpoint: dict[str, Any], source: s
 
 def warn_of_unknown(known: type, checkpoint: dict[str, Any], source: str | Path) -> None:
     """Logs settings of a π₀.₅ checkpoint that this policy does not have: what they ask for is not done."""
-    unknown = {name: value for name, value in checkpoint.items() if name not in known.__dataclass_fields__}  # type: ignore[attr-defined]
+    fields = known.__dataclass_fields__  # type: ignore[attr-defined]
+    unknown = {name: value for name, value in checkpoint.items() if name not in fields or name in FOREIGN}
     unknown.pop("type", None)
     asked = {name: value for name, value in sorted(unknown.items()) if value not in (None, False)}
     if asked:

@@ -37,10 +37,10 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     scheduler_decay_lr: float = 0.0
 
     @classmethod
-    def translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
+    def _ofp_translate(cls, raw: dict[str, Any]) -> dict[str, Any]:
         """`schedule_steps` was the length of the learning rate's decay, too."""
         decay = {"scheduler_decay_steps": raw["schedule_steps"]} if "schedule_steps" in raw else {}
-        return super().translate({**decay, **raw})
+        return super()._ofp_translate({**decay, **raw})
 
     def __post_init__(self) -> None:
         wanted = self.device

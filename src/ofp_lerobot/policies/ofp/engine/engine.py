@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..network import OFPNetwork
 from ..text import TextExtent
-from .graph import RECORDING, Graph, Inputs, turn_of
+from .graph import RECORDING, Graph, Inputs, Ports, turn_of
 from .operations import Fused, Operations, Plain
 from .program import Padding, answer
 from .weights import Weights, why_not
@@ -36,6 +36,7 @@ class Shape(NamedTuple):
     steps: int
     instantaneous: bool
     padding: Padding
+    device: torch.device
 
 
 class Engine:
@@ -111,6 +112,8 @@ class Engine:
         """
         # As the network's own passes, in its precision whatever the caller's.
         with self._lock, torch.autocast(x.device.type, enabled=False), _on(x.device):
+            if len(x) % len(tokens) or any(len(part) != len(tokens) for part in (*images, token_mask)):
+                return None  # the plain path says what does not fit together
             buckets = self._buckets(tokens.shape[1], x.device)
             text = next((bucket for bucket in buckets if bucket >= extent.longest), extent.longest)
             inputs = Inputs(tuple(images), tokens[:, :text], token_mask[:, :text], x, torch.tensor(grid))
@@ -122,7 +125,7 @@ class Engine:
             described = tuple((image.shape, image.dtype) for image in images)
             # A row with gaps, or without text, has its padding from its start.
             padding = "right" if extent.shortest else "anywhere"
-            shape = Shape(described, x.shape, len(grid) - 1, instantaneous, padding)
+            shape = Shape(described, x.shape, len(grid) - 1, instantaneous, padding, x.device)
             return self._replay(shape, text, inputs, {*buckets, text}, x.device)
 
     def _replay(self, shape: Shape, text: int, inputs: Inputs, texts: set[int], device: torch.device) -> Tensor | None:
@@ -149,13 +152,16 @@ class Engine:
 
     def _tell_error(self, weights: Weights, run: Callable[..., Tensor], shape: Shape, inputs: Inputs) -> None:
         """Logs what 8 bits change of one answer."""
-        rounded = run(*inputs)
-        eight_bits, weights.fp8 = weights.fp8, None
+        self._told_error = True
+        eight_bits = weights.fp8
         try:
+            rounded = run(*inputs)
+            weights.fp8 = None
             exact = run(*inputs)
+        except torch.OutOfMemoryError:  # only to be told
+            return
         finally:
             weights.fp8 = eight_bits
-        self._told_error = True
         logger.warning(
             "inference engine: products in 8 bits change this chunk by %.2g of its norm; what that does to actions, "
             "ofp-check tells (inference_precision=full is exact)",
@@ -205,26 +211,32 @@ class Engine:
         logger.log(level, "inference engine: recording %d CUDA graphs for %s; this answer waits", len(texts), shape)
         start = time.perf_counter()
         self._forget_graphs(keep=MOST_SHAPES - 1)
+        known = self._graphs.get(shape, {})
+        missing = [text for text in texts if text not in known]
         with RECORDING:
-            try:
-                self._graphs[shape] = self._recorded(run, shape, texts, device)
-            except torch.OutOfMemoryError:
-                self._forget_graphs()
-                torch.cuda.empty_cache()
-                try:
-                    self._graphs[shape] = self._recorded(run, shape, texts, device)
-                except torch.OutOfMemoryError as error:
-                    self._unrecorded.add(shape)
-                    self._forget_graphs()
-                    torch.cuda.empty_cache()
-                    logger.warning(
-                        "inference engine: no memory to record %s, which is answered without graphs, slower, until "
-                        "the policy moves: %s",
-                        shape,
-                        error,
-                    )
+            for _ in range(2):
+                graphs = self._try_to_record(run, shape, missing, device)
+                if graphs is not None:
+                    self._graphs.setdefault(shape, {}).update(graphs)
+                    logger.log(level, "inference engine: ready after %.1f s", time.perf_counter() - start)
                     return
-        logger.log(level, "inference engine: ready after %.1f s", time.perf_counter() - start)
+                self._forget_graphs()  # and again with all the memory there is
+                missing = texts
+                torch.cuda.empty_cache()
+        self._unrecorded.add(shape)
+        logger.warning(
+            "inference engine: no memory to record %s: it is answered without graphs, slower, until the policy moves",
+            shape,
+        )
+
+    def _try_to_record(
+        self, run: Callable[..., Tensor], shape: Shape, texts: list[int], device: torch.device
+    ) -> dict[int, Graph] | None:
+        """None where memory runs out; what was recorded until then is given back."""
+        try:
+            return self._recorded(run, shape, texts, device)
+        except torch.OutOfMemoryError:
+            return None
 
     def _recorded(
         self, run: Callable[..., Tensor], shape: Shape, texts: list[int], device: torch.device
@@ -232,10 +244,8 @@ class Engine:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         turn = turn_of(device)
-        return {
-            text: Graph(run, Inputs.empty(shape.images, text, shape.actions, shape.steps, device), turn, self._pool)
-            for text in texts
-        }
+        ports = Ports.like(Inputs.empty(shape.images, max(texts), shape.actions, shape.steps, device))
+        return {text: Graph(run, ports.cut(text), turn, self._pool) for text in texts}
 
 
 PLAIN = Plain()
@@ -246,9 +256,11 @@ def fastest(device: torch.device) -> Operations:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return PLAIN
     try:
-        return Fused()
-    except ImportError as error:
-        logger.warning("Triton is missing, the inference engine runs more and smaller kernels: %s", error)
+        fused = Fused()
+        fused.gated_gelu(torch.ones(1, 32, device=device))  # compiles: that needs a C compiler the first time
+        return fused
+    except Exception as error:  # whatever a compiler can run into
+        logger.warning("Triton cannot be used, the inference engine runs more and smaller kernels: %s", error)
         return PLAIN
 
 

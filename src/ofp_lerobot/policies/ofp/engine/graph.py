@@ -27,6 +27,19 @@ class Inputs(NamedTuple):
     def to(self, device: torch.device) -> Self:
         return type(self)(tuple(image.to(device) for image in self.images), *(t.to(device) for t in self[1:]))
 
+    def pinned(self) -> Self:
+        """Page-locked host memory of the same shapes."""
+        images, *others = self
+        staged = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (*images, *others)]
+        return type(self)(tuple(staged[: len(images)]), *staged[len(images) :])
+
+    def cut(self, text: int) -> Self:
+        """The same memory for shorter texts; tokens and their mask stay contiguous."""
+        b = len(self.tokens)
+        cut = (t.flatten()[: b * text].view(b, text) for t in (self.tokens, self.token_mask))
+        tokens, token_mask = cut
+        return self._replace(tokens=tokens, token_mask=token_mask)
+
     @classmethod
     def empty(cls, images: Any, text: int, actions: torch.Size, steps: int, device: torch.device) -> Self:
         """Inputs of these shapes, of a prompt of padding; images: shape (b, ...) and dtype of each."""
@@ -49,6 +62,8 @@ class Turn:
 
     def __init__(self) -> None:
         self._free = torch.cuda.Event()
+        # To record on, one for all: PyTorch's memory pools give a block only to the stream that had it.
+        self.stream = torch.cuda.Stream()
 
     def begin(self) -> None:
         self._free.wait()
@@ -71,19 +86,41 @@ def turn_of(device: torch.device) -> Turn:
         return _turns.setdefault(index, Turn())
 
 
+class Ports(NamedTuple):
+    """Where inputs come in: on the device, and on the host in page-locked memory that the device reads by itself."""
+
+    inputs: Inputs
+    staged: Inputs
+    uploaded: torch.cuda.Event
+
+    @classmethod
+    def like(cls, inputs: Inputs) -> Self:
+        return cls(inputs, inputs.pinned(), torch.cuda.Event())
+
+    def cut(self, text: int) -> Self:
+        """For shorter texts: images, noise and times come in by the same memory."""
+        return type(self)(self.inputs.cut(text), self.staged.cut(text), self.uploaded)
+
+    def upload(self, inputs: Inputs) -> None:
+        """Host inputs go through page-locked memory, so that the host need not wait for the copy."""
+        self.uploaded.synchronize()  # of the call before: its copies have left the page-locked memory
+        for static, staged, new in zip(*(i.tensors() for i in (self.inputs, self.staged, inputs)), strict=True):
+            static.copy_(staged.copy_(new) if new.device.type == "cpu" else new, non_blocking=True)
+        self.uploaded.record()
+
+
 class Graph:
     """`run(*inputs)` for inputs of fixed shapes: one launch, no host synchronisation.
 
     Made on the current device. pool: of `torch.cuda.graph_pool_handle`, for graphs that share their turn.
     """
 
-    def __init__(self, run: Callable[..., Tensor], inputs: Inputs, turn: Turn, pool: Any) -> None:
-        self._inputs = inputs
+    def __init__(self, run: Callable[..., Tensor], ports: Ports, turn: Turn, pool: Any) -> None:
+        self._ports = ports
         self._turn = turn
-        self._staged = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in inputs.tensors()]
-        self._uploaded = torch.cuda.Event()
+        inputs = ports.inputs
         # A stream of this device: torch.cuda.graph's own is of the device that recorded first in the process.
-        side = torch.cuda.Stream()
+        side = turn.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run(*inputs)  # libraries choose their kernels, and Triton compiles, outside the recording
@@ -93,12 +130,8 @@ class Graph:
             self._actions = run(*inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Host inputs go through page-locked memory, so that the host need not wait for the copy."""
         self._turn.begin()
-        self._uploaded.synchronize()  # of the call before: its copies have left the page-locked memory
-        for static, staged, new in zip(self._inputs.tensors(), self._staged, inputs.tensors(), strict=True):
-            static.copy_(staged.copy_(new) if new.device.type == "cpu" else new, non_blocking=True)
-        self._uploaded.record()
+        self._ports.upload(inputs)
         self._graph.replay()
         actions = self._actions.clone()
         self._turn.end()

@@ -67,9 +67,9 @@ class Quantised(NamedTuple):
 def scaled_linear(x: Quantised, weight: Quantised, dtype: torch.dtype) -> Tensor:
     """x @ weight.T in `dtype` (m, n), weight (n, width) quantised by its rows."""
     if x.values.device.type == "cuda":
-        return torch._scaled_mm(
-            x.values, weight.values.t(), x.scale, weight.scale.t(), out_dtype=dtype, use_fast_accum=True
-        )
+        return torch._scaled_mm(  # by row into bfloat16, which is all that some cards have
+            x.values, weight.values.t(), x.scale, weight.scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        ).to(dtype)
     return ((x.values.float() * x.scale) @ (weight.values.float() * weight.scale).t()).to(dtype)
 
 
@@ -170,6 +170,7 @@ class Fused:
 
         self._kernels = kernels
         self._plain = Plain()
+        self._branch: torch.cuda.Stream | None = None
 
     def attends_by_length(self, like: Tensor) -> bool:
         return like.dtype != torch.float32 or like.device.type == "cpu"  # a GPU would round products to tf32
@@ -180,10 +181,16 @@ class Fused:
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             yield lambda: None
             return
-        stream, branch = torch.cuda.current_stream(), torch.cuda.Stream()
+        if self._branch is None:  # one for all recordings: memory is only shared between graphs of the same stream
+            self._branch = torch.cuda.Stream()
+        stream, branch = torch.cuda.current_stream(), self._branch
         branch.wait_stream(stream)
-        with torch.cuda.stream(branch):
-            yield partial(stream.wait_stream, branch)
+        try:
+            with torch.cuda.stream(branch):
+                yield partial(stream.wait_stream, branch)
+        except BaseException:  # a recording must not end with a branch of its own
+            stream.wait_stream(branch)
+            raise
 
     def add_norm(self, hidden: Tensor, delta: Delta | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out, normed, _ = self._add_norm(hidden, delta, norm, dtype)
@@ -235,7 +242,8 @@ class Fused:
         group = heads // kv_heads
         rows = group * n
         few = -(-rows // 64) * b * kv_heads < _FEW_BLOCKS
-        block_m, splits = (32, _SPLITS) if few else (64, 1)
+        # 70 kB of shared memory at d = 256: cards for consumers have 99 kB for a program, data-centre ones twice that.
+        block_m, block_n, splits = (32, 32, _SPLITS) if few else (64, 32, 1)
         blocks = -(-rows // block_m)
         out = q.new_empty(b, n, heads * d)
         if splits > 1:
@@ -246,7 +254,7 @@ class Fused:
         self._kernels.attend[(blocks, splits, b * kv_heads)](
             q.contiguous(), keys, values, seen.lengths, out, partial, top, total,
             heads, n, scaling * self._kernels.LOG2_E, keys.stride(0), keys.stride(1), keys.stride(2),
-            GROUP=group, D=d, BLOCK_M=block_m, BLOCK_N=64, SPLITS=splits, num_warps=4, num_stages=2,
+            GROUP=group, D=d, BLOCK_M=block_m, BLOCK_N=block_n, SPLITS=splits, num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             self._kernels.merge[(rows, b * kv_heads)](

@@ -53,21 +53,24 @@ def answer(
     with operations.beside(x.device) as modulated:
         modulations = _modulate(network, weights, network.condition(t, t if instantaneous else grid[1:]))
 
-    side = vlm.vision_tower.config.image_size
-    pixels = prepare_images(images, (side, side))
-    patches = _embed_images(network, weights, operations, pixels.flatten(0, 1))
-    hidden = torch.cat([patches.reshape(b, -1, patches.shape[-1]), vlm.language_model.embed_tokens(tokens)], dim=1)
-    length = hidden.shape[1]
-    mask = torch.cat([token_mask.new_ones(b, length - tokens.shape[1]), token_mask], dim=1)
-    lengths = mask.sum(dim=1, dtype=torch.int32)
-    rotation = _rotation(vlm.language_model.rotary_emb, hidden, torch.cumsum(mask, dim=1) - 1)
-    attention = expert.layers[0].self_attn
-    kv_heads = weights.prefix_kv.weight.shape[0] // 2 // attention.head_dim
-    memory = hidden.new_empty(len(expert.layers), 2, b, kv_heads, length + s, attention.head_dim)
-    # A kernel that reads the lengths needs no mask, and finds the actions' keys right behind the text's.
-    by_length = padding != "anywhere" and operations.attends_by_length(hidden)
-    seen = Seen(lengths=lengths) if by_length else Seen(mask=None if padding == "none" else mask[:, None, None])
-    _encode(network, weights, operations, hidden, rotation, memory, seen)
+    try:
+        side = vlm.vision_tower.config.image_size
+        pixels = prepare_images(images, (side, side))
+        patches = _embed_images(network, weights, operations, pixels.flatten(0, 1))
+        hidden = torch.cat([patches.reshape(b, -1, patches.shape[-1]), vlm.language_model.embed_tokens(tokens)], dim=1)
+        length = hidden.shape[1]
+        mask = torch.cat([token_mask.new_ones(b, length - tokens.shape[1]), token_mask], dim=1)
+        lengths = mask.sum(dim=1, dtype=torch.int32)
+        rotation = _rotation(vlm.language_model.rotary_emb, hidden, torch.cumsum(mask, dim=1) - 1)
+        attention = expert.layers[0].self_attn
+        kv_heads = weights.prefix_kv.weight.shape[0] // 2 // attention.head_dim
+        memory = hidden.new_empty(len(expert.layers), 2, b, kv_heads, length + s, attention.head_dim)
+        # A kernel that reads the lengths needs no mask, and finds the actions' keys right behind the text's.
+        by_length = padding != "anywhere" and operations.attends_by_length(hidden)
+        seen = Seen(lengths=lengths) if by_length else Seen(mask=None if padding == "none" else mask[:, None, None])
+        _encode(network, weights, operations, hidden, rotation, memory, seen)
+    finally:
+        modulated()  # whatever happens: a recording must not end with a branch of its own
 
     hidden_dtype = expert.layers[0].mlp.up_proj.weight.dtype
     position = lengths[:, None] + torch.arange(horizon, device=x.device).repeat(samples)
@@ -75,7 +78,6 @@ def answer(
     first = lengths if by_length and samples == 1 else None
     seen = Seen(lengths=lengths + s) if first is not None else Seen(mask=_visible(mask, samples, horizon, padding))
     evaluate = partial(_evaluate, network, weights, operations, rotation, memory, first, seen)
-    modulated()
     for step, modulation in enumerate(modulations):
         hidden = network.action_in_proj(x.to(network.action_in_proj.weight.dtype)).to(hidden_dtype)
         hidden = evaluate(hidden, modulation)

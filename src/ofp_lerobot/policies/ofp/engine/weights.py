@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..network import OFPNetwork
@@ -18,6 +19,9 @@ from .operations import Quantised, quantise
 
 # Of the modules whose arithmetic is known.
 _HOMES = ("torch.nn.modules.", "transformers.", "lerobot.", "ofp_lerobot.")
+
+
+_GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
 
 
 class Joined(NamedTuple):
@@ -59,7 +63,7 @@ class Weights:
                 down = [layer.mlp.down_proj.weight for layer in prefix]
                 self.fp8 = Fp8([quantise(w.weight) for w in self.prefix_gate_up], [quantise(w) for w in down])
         self._copied = [w for layer in prefix for w in layer.mlp.parameters()] if fp8 else []
-        self._versions = [w._version for w in self._copied]
+        self._versions = _versions(self._copied)
         links = [
             (table, name, value)
             for module in network.modules()
@@ -79,7 +83,7 @@ class Weights:
 
         What was copied in 8 bits must not have changed in place either (what changes through `.data` is not seen).
         """
-        if [w._version for w in self._copied] != self._versions:
+        if _versions(self._copied) != self._versions or any(_GLOBAL_HOOKS):
             return False
         same = map(operator.is_, map(dict.get, self._tables, self._names), self._values)
         placed = [tensor.data_ptr() for tensor in self._tensors] == self._addresses
@@ -92,6 +96,8 @@ def why_not(network: OFPNetwork) -> str | None:
         return f"its attention is {network.attention!r}"
     if wrapped := {type(p).__name__ for p in network.parameters() if is_traceable_wrapper_subclass(p)}:
         return f"its parameters are of type {', '.join(sorted(wrapped))} (sharded or quantised)"
+    if any(_GLOBAL_HOOKS):
+        return "hooks on all modules are registered"
     for name, module in network.named_modules():
         kind, linear = type(module), isinstance(module, nn.Linear)
         foreign = not kind.__module__.startswith(_HOMES) or (linear and kind is not nn.Linear)
@@ -100,6 +106,11 @@ def why_not(network: OFPNetwork) -> str | None:
         if any(_hooks(module)) or "forward" in vars(module):
             return f"{name or 'the network'} has hooks or a forward of its own"
     return None
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each has changed in place; tensors made in inference mode do not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _hooks(module: nn.Module) -> tuple[Any, Any]:
