@@ -122,6 +122,16 @@ def test_a_directory_that_is_no_environment_is_left_alone(machine):
     assert code != 0 and "is no Python environment" in told and (machine.root / "mine" / "work").exists()
 
 
+def test_an_environment_of_another_python_is_left_alone(machine):
+    other = machine.root / "mine" / "bin"
+    other.mkdir(parents=True)
+    (other / "python").write_text('#!/bin/sh\n[ -z "$2" ]\n')  # runs, and is not 3.12
+    (other / "python").chmod(0o755)
+    (machine.root / "mine" / "pyvenv.cfg").touch()
+    code, told, _ = machine.has(python=PYTHON).make("VENV=mine", target="mine/.ready-test")
+    assert code != 0 and "another Python" in told and (other / "python").exists()
+
+
 def test_an_interrupted_installation_goes_on(machine):
     """The environment is there, its mark is not: it is kept, and installing runs again."""
     machine.has(python=PYTHON).make(NO_NETWORK="1")

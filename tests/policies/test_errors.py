@@ -92,7 +92,7 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"noise_temperature": 1.5}, r"noise_temperature must be in \[0, 1\], got 1.5"),
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
         ({"consistency_weight": -1.0}, "consistency_weight must be at least 0"),
-        ({"sharpening_noise": 1.5}, r"sharpening_noise must be in \[0, 1\], got 1.5"),
+        ({"sharpening_noise": 1.5}, r"sharpening_noise must be in \[0, 0.9\], got 1.5"),
         ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),
         ({"image_resolution": (32, 64)}, "image_resolution must be square"),
     ],

@@ -182,3 +182,11 @@ def test_far_dimensions():
     values = np.array([[[0.1, 5.0, 0.0], [0.2, 4.0, 9.0]], [[-0.1, -7.0, 0.1], [0.0, 6.0, 0.2]]])
     assert far_dimensions(values) == {1: 5.5}
     assert far_dimensions(np.zeros((3, 0))) == {}
+
+
+def test_a_state_declared_wider_than_the_data_is_no_fault_of_the_statistics():
+    """A fine-tuned checkpoint may keep its base model's 32 dimensions; LeRobot never reads them."""
+    declared = {**FEATURES, OBS_STATE: PolicyFeature(FeatureType.STATE, (32,))}
+    assert find_problems(statistics(), declared, mapping("QUANTILES")) == []
+    other = {**FEATURES, ACTION: PolicyFeature(FeatureType.ACTION, (7,))}
+    assert [problem.kind for problem in find_problems(statistics(), other, mapping("QUANTILES"))] == ["broken"]

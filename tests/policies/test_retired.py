@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import dataclass
 
 import draccus
 import pytest
@@ -130,3 +131,13 @@ def test_other_policies_are_not_touched(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"type": "act", "schedule_steps": 3}))
     with pytest.raises(Exception, match="schedule_steps"):
         PreTrainedConfig.from_pretrained(tmp_path)
+
+
+def test_other_peoples_dataclasses_are_decoded_as_they_are():
+    """The plugin is merely installed: a field or method of another's called `translate` is none of its business."""
+
+    @dataclass
+    class Augmentation:
+        translate: tuple[float, float] = (0.1, 0.1)
+
+    assert draccus.decode(Augmentation, {"translate": [0.2, 0.3]}).translate == (0.2, 0.3)

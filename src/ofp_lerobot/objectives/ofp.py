@@ -64,6 +64,6 @@ def ofp(
             "loss_flow": flow_loss.detach().mean(),
             "loss_consistency": consistency.detach().mean(),
             "consistency_error": residual.detach().mean(),
-            "sharpening_shift": (masked_mean(shift.square(), mask).sum() / one_step.sum().clamp(min=1)).sqrt(),
+            "sharpening_shift": masked_mean(shift.square(), mask).mean().sqrt(),
         },
     )

@@ -88,8 +88,7 @@ def too_long(prompt: str, needed: int | None, length: int) -> str:
 def check_tasks(tasks: Iterable[Any], state_size: int, how: PromptTokenizer) -> None:
     """Raises ValueError where an instruction of a dataset leaves no room for the state, warns of empty ones.
 
-    It is refused where the shortest state does not fit, each dimension a bin of one digit, and warned of where only
-    the longest does not: bins of three digits, or -1 below them. A batch with a cut prompt is refused in any case.
+    The state is taken at its longest: each of its dimensions is a bin of three digits, or -1 below the bins.
     """
     told = [str(task) if task is not None else "" for task in tasks]
     if empty := sum(not task.strip() for task in told):
@@ -102,15 +101,11 @@ def check_tasks(tasks: Iterable[Any], state_size: int, how: PromptTokenizer) -> 
     tokenizer = how.load()
     if tokenizer is None or not told:
         return
-    bins = sorted(("0", "255", "-1"), key=lambda text: count_tokens(tokenizer, [" ".join([text] * 8)])[0])
+    bin_ = max(("255", "-1"), key=lambda text: count_tokens(tokenizer, [" ".join([text] * 8)])[0])
+    state = " ".join([bin_] * state_size)
     cleaned = [task.strip().replace("_", " ").replace("\n", " ") for task in told]
-    for bin_ in (bins[0], bins[-1]):
-        state = " ".join([bin_] * state_size)
-        prompts = [f"Task: {task}, State: {state};\nAction: " if how.with_state else f"{task}\n" for task in cleaned]
-        counts = count_tokens(tokenizer, prompts)
-        longest = max(range(len(counts)), key=counts.__getitem__)
-        if counts[longest] > how.length:
-            message = too_long(prompts[longest], counts[longest], how.length)
-            if bin_ == bins[0]:
-                raise ValueError(message)
-            logger.warning("with a state of many digits %s", message)
+    prompts = [f"Task: {task}, State: {state};\nAction: " if how.with_state else f"{task}\n" for task in cleaned]
+    counts = count_tokens(tokenizer, prompts)
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    if counts[longest] > how.length:
+        raise ValueError(too_long(prompts[longest], counts[longest], how.length))
