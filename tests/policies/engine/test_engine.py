@@ -514,3 +514,21 @@ def test_a_recording_that_fails_leaves_no_branch_open(plain, fast):
             *observation[:3], torch.zeros(1, small.HORIZON, 8), torch.tensor([1.0, 0.0])
         )
     assert joined
+
+
+def test_a_gpu_that_cannot_run_the_kernels_runs_pytorchs(plain, fast, monkeypatch, caplog):
+    pytest.importorskip("triton")
+
+    class TooLarge(Fused):
+        def attend(self, *args):
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(engine, "fastest", lambda device: TooLarge())
+    monkeypatch.setattr(engine, "Graph", PlainGraph)
+    monkeypatch.setattr(engine, "turn_of", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(engine, "Ports", PlainPorts)
+    monkeypatch.setattr(fast._engine, "_records", lambda device: True)
+    same_everywhere(plain, fast, seeds=(0, 1))
+    assert caplog.text.count("Triton's kernels fail here") == 1 and used(fast)

@@ -63,7 +63,7 @@ class Engine:
         self._weights: Weights | None = None
         self._graphs: OrderedDict[Shape, dict[int, Graph]] = OrderedDict()
         self._unrecorded: set[Shape] = set()
-        self._told_error = False
+        self._told_error = self._tried = False
         self._pool: Any = None
         self._lock = RLock()
         self._operations: Operations | None = None
@@ -140,6 +140,7 @@ class Engine:
         weights = self._current_weights(device)
         if weights is None:
             return None
+        self._try_kernels(weights, shape, inputs.to(device))
         run = self._program(weights, shape.padding, instantaneous=shape.instantaneous)
         if shape not in self._unrecorded and text not in self._graphs.get(shape, {}):
             self._record(run, shape, sorted(texts, reverse=True), device)
@@ -149,6 +150,22 @@ class Engine:
             return run(*inputs.to(device))
         self._graphs.move_to_end(shape)
         return self._graphs[shape][text](inputs)
+
+    def _try_kernels(self, weights: Weights, shape: Shape, inputs: Inputs) -> None:
+        """Runs the program once as it is: a kernel that this GPU cannot run is found before anything is recorded."""
+        if self._tried or not isinstance(self._operations, Fused):
+            return
+        try:
+            self._program(weights, shape.padding, instantaneous=shape.instantaneous)(*inputs)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:  # recording says so
+            return
+        except Exception as error:  # whatever a compiler or a driver can run into
+            if weights.fp8 is not None:
+                raise
+            logger.warning("Triton's kernels fail here, the inference engine runs more and smaller ones: %s", error)
+            self._operations = PLAIN
+        self._tried = True
 
     def _tell_error(self, weights: Weights, run: Callable[..., Tensor], shape: Shape, inputs: Inputs) -> None:
         """Logs what 8 bits change of one answer."""
@@ -196,6 +213,7 @@ class Engine:
         reason = why_not(self._network)
         if reason is None:
             self._operations = fastest(device) if self._compile_mode is None else PLAIN
+            self._tried = False
             if self._fp8:
                 _require_fp8(self._operations, device)
             self._weights = Weights(self._network, fp8=self._fp8)
