@@ -152,11 +152,8 @@ def load_policy(
     Raises:
         UserError: where it cannot be loaded, or a field is unknown to it or out of range.
     """
-    source, device, engine = (
-        resolve_source(str(checkpoint)),
-        resolve_device(device),
-        changes.pop("inference_engine", None),
-    )
+    source, device = resolve_source(str(checkpoint)), resolve_device(device)
+    engine = changes.pop("inference_engine", None)
     config, kind = load_config(source, device=device, as_ofp=as_ofp, **changes)
     if kind == "pi05" and not as_ofp:
         if _takes_engine(config, engine):

@@ -203,11 +203,11 @@ def test_without_memory_to_record_it_answers_without_graphs_and_says_so(caplog):
     compare(plain, fast, 1e-5, b=1)
     recorded = fast._engine._recorded
 
-    def fails(run, shape, texts, device):
+    def fails(run, shape, texts):
         if shape.actions[0] == 2:
-            recorded(run, shape, texts[:1], device)
+            recorded(run, shape, texts[:1])
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
-        return recorded(run, shape, texts, device)
+        return recorded(run, shape, texts)
 
     fast._engine._recorded = fails
     with caplog.at_level(logging.WARNING):

@@ -126,9 +126,9 @@ class Engine:
             # A row with gaps, or without text, has its padding from its start.
             padding = "right" if extent.shortest else "anywhere"
             shape = Shape(described, x.shape, len(grid) - 1, instantaneous, padding, x.device)
-            return self._replay(shape, text, inputs, {*buckets, text}, x.device)
+            return self._replay(shape, text, inputs, {*buckets, text})
 
-    def _replay(self, shape: Shape, text: int, inputs: Inputs, texts: set[int], device: torch.device) -> Tensor | None:
+    def _replay(self, shape: Shape, text: int, inputs: Inputs, texts: set[int]) -> Tensor | None:
         graph = self._graphs.get(shape, {}).get(text)
         if graph is not None and self._weights is not None:
             # The device is at work while the host looks whether the weights are still those: what a graph reads stays
@@ -137,17 +137,17 @@ class Engine:
             if self._weights.intact():
                 self._graphs.move_to_end(shape)
                 return actions
-        weights = self._current_weights(device)
+        weights = self._current_weights(shape.device)
         if weights is None:
             return None
-        self._try_kernels(weights, shape, inputs.to(device))
+        self._try_kernels(weights, shape, inputs)
         run = self._program(weights, shape.padding, instantaneous=shape.instantaneous)
         if shape not in self._unrecorded and text not in self._graphs.get(shape, {}):
-            self._record(run, shape, sorted(texts, reverse=True), device)
+            self._record(run, shape, sorted(texts, reverse=True))
             if weights.fp8 is not None and not self._told_error:
-                self._tell_error(weights, run, shape, inputs.to(device))
+                self._tell_error(weights, run, inputs.to(shape.device))
         if shape in self._unrecorded:
-            return run(*inputs.to(device))
+            return run(*inputs.to(shape.device))
         self._graphs.move_to_end(shape)
         return self._graphs[shape][text](inputs)
 
@@ -156,7 +156,7 @@ class Engine:
         if self._tried or not isinstance(self._operations, Fused):
             return
         try:
-            self._program(weights, shape.padding, instantaneous=shape.instantaneous)(*inputs)
+            self._program(weights, shape.padding, instantaneous=shape.instantaneous)(*inputs.to(shape.device))
             torch.cuda.synchronize()
         except torch.OutOfMemoryError:  # recording says so
             return
@@ -167,7 +167,7 @@ class Engine:
             self._operations = PLAIN
         self._tried = True
 
-    def _tell_error(self, weights: Weights, run: Callable[..., Tensor], shape: Shape, inputs: Inputs) -> None:
+    def _tell_error(self, weights: Weights, run: Callable[..., Tensor], inputs: Inputs) -> None:
         """Logs what 8 bits change of one answer."""
         self._told_error = True
         eight_bits = weights.fp8
@@ -223,7 +223,7 @@ class Engine:
         self._refused = reason
         return self._weights
 
-    def _record(self, run: Callable[..., Tensor], shape: Shape, texts: list[int], device: torch.device) -> None:
+    def _record(self, run: Callable[..., Tensor], shape: Shape, texts: list[int]) -> None:
         """Graphs of every text length at once: a robot must not wait for one when its prompt grows by a digit."""
         level = logging.WARNING if self._graphs else logging.INFO
         logger.log(level, "inference engine: recording %d CUDA graphs for %s; this answer waits", len(texts), shape)
@@ -233,7 +233,7 @@ class Engine:
         missing = [text for text in texts if text not in known]
         with RECORDING:
             for _ in range(2):
-                graphs = self._try_to_record(run, shape, missing, device)
+                graphs = self._try_to_record(run, shape, missing)
                 if graphs is not None:
                     self._graphs.setdefault(shape, {}).update(graphs)
                     logger.log(level, "inference engine: ready after %.1f s", time.perf_counter() - start)
@@ -247,22 +247,18 @@ class Engine:
             shape,
         )
 
-    def _try_to_record(
-        self, run: Callable[..., Tensor], shape: Shape, texts: list[int], device: torch.device
-    ) -> dict[int, Graph] | None:
+    def _try_to_record(self, run: Callable[..., Tensor], shape: Shape, texts: list[int]) -> dict[int, Graph] | None:
         """None where memory runs out; what was recorded until then is given back."""
         try:
-            return self._recorded(run, shape, texts, device)
+            return self._recorded(run, shape, texts)
         except torch.OutOfMemoryError:
             return None
 
-    def _recorded(
-        self, run: Callable[..., Tensor], shape: Shape, texts: list[int], device: torch.device
-    ) -> dict[int, Graph]:
+    def _recorded(self, run: Callable[..., Tensor], shape: Shape, texts: list[int]) -> dict[int, Graph]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        turn = turn_of(device)
-        ports = Ports.like(Inputs.empty(shape.images, max(texts), shape.actions, shape.steps, device))
+        turn = turn_of(shape.device)
+        ports = Ports.like(Inputs.empty(shape.images, max(texts), shape.actions, shape.steps, shape.device))
         return {text: Graph(run, ports.cut(text), turn, self._pool) for text in texts}
 
 

@@ -36,8 +36,7 @@ class Inputs(NamedTuple):
     def cut(self, text: int) -> Self:
         """The same memory for shorter texts; tokens and their mask stay contiguous."""
         b = len(self.tokens)
-        cut = (t.flatten()[: b * text].view(b, text) for t in (self.tokens, self.token_mask))
-        tokens, token_mask = cut
+        tokens, token_mask = (t.flatten()[: b * text].view(b, text) for t in (self.tokens, self.token_mask))
         return self._replace(tokens=tokens, token_mask=token_mask)
 
     @classmethod
