@@ -4,6 +4,7 @@ The scripts are not changed. They are imported, their `main` is called, and the 
 """
 
 import argparse
+import fcntl
 import importlib
 import json
 import os
@@ -53,8 +54,25 @@ def watched(script):
     return script
 
 
+def alone(task, config):
+    """A file that stays locked while it is open. Ends the process where another collection of the same holds it."""
+    os.makedirs("data", exist_ok=True)
+    file = open(os.path.join("data", f".{task}_{config}.lock"), "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise SystemExit(f"another process collects {task} with {config} here: wait for it, or end it") from None
+    return file
+
+
 def collect(task, config, episodes):
     """`script/collect_data.py TASK CONFIG`. episodes: instead of the configuration's episode_num."""
+    with alone(task, config):
+        _collect(task, config, episodes)
+
+
+def _collect(task, config, episodes):
     script = watched(importlib.import_module("collect_data"))
     run = script.run
 
