@@ -1,14 +1,15 @@
 """Demonstrations of a MetaWorld task in two styles, recorded as a LeRobotDataset.
 
-From the same start the hand first makes a detour, to the left or to the right, and then follows MetaWorld's scripted
-expert. So the actions have two modes, whose average no demonstrator would choose. In some episodes what is executed is
-noisy, which shows the policy how to recover; the recorded action is the demonstrator's all the same.
+A pillar stands between the hand and a button. From the same start the hand goes round it, to the left or to the right,
+and then follows MetaWorld's scripted expert. So the actions have two modes, and their average runs into the pillar. In
+some episodes what is executed is noisy, which shows the policy how to recover. The recorded action is the
+demonstrator's all the same.
 """
 
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,34 +27,34 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     expert,
     state_of,
 )
+from ofp_lerobot.evaluation.environments.pillar import LEFT, RIGHT, TASK, AroundPillar, Pillar
 
 ACTION = "action"
 REPO_ID = "local/quickstart"
-
-_GAIN = 10.0  # displacement per metre of distance on the detour
-_ARRIVED = 0.03  # metres
-_PATIENCE = 40  # simulator steps after which a detour ends wherever the hand is
 
 
 @dataclass(frozen=True)
 class Recording:
     """What is recorded. Episode i starts from seed `seed` + i; styles and noise alternate."""
 
-    task: str = "window-open-v3"
+    task: str = TASK
     camera: str = "corner2"
     image_size: int = 64
     action_repeat: int = 2
     episodes: int = 160
     seed: int = 0
-    detour: tuple[float, float, float] = (0.12, 0.0, 0.05)  # metres from the start, to the right; x mirrored: left
-    noise: float = 0.5  # standard deviation added to the executed displacement, in every other pair of episodes
-    max_steps: int = 150
+    pillar: Pillar = field(default_factory=Pillar)
+    noise: float = 0.3  # standard deviation added to the executed displacement, in every other pair of episodes
+    max_steps: int = 96
 
-    @property
-    def detours(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The two styles: to the left, to the right."""
-        right = np.array(self.detour)
-        return right * (-1, 1, 1), right
+    def simulator(self) -> Simulator:
+        """The task with its pillar."""
+        return Simulator(self.task, self.camera, self.action_repeat, pillar=self.pillar)
+
+    @staticmethod
+    def side(index: int) -> int:
+        """On which side episode `index` passes the pillar."""
+        return RIGHT if index % 2 else LEFT
 
 
 class Episode(NamedTuple):
@@ -65,39 +66,21 @@ class Episode(NamedTuple):
     solved: bool
 
 
-class Demonstrator:
-    """MetaWorld's expert after a detour through `start + detour`; call it with each raw observation in turn."""
-
-    def __init__(self, simulator: Simulator, start: NDArray[np.float64], detour: NDArray[np.float64]) -> None:
-        self._expert = expert(simulator.task)
-        self._via = start[:3] + detour
-        self._steps_left = _PATIENCE // simulator.action_repeat
-
-    def __call__(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        action = self._expert(raw)
-        offset = self._via - raw[:3]
-        if np.linalg.norm(offset) < _ARRIVED:
-            self._steps_left = 0
-        if self._steps_left > 0:
-            self._steps_left -= 1
-            action[:3] = _GAIN * offset / max(1.0, _GAIN * np.abs(offset).max())
-        return action
-
-
 def demonstrate(
     simulator: Simulator,
     seed: int,
-    detour: NDArray[np.float64],
+    side: int,
     *,
     disturbances: NDArray[np.float64],
     image_size: int | None = None,
 ) -> Episode:
-    """One episode from the start `seed` draws, until the task is solved or the disturbances (steps, 3) end.
+    """One episode from the start `seed` draws, until it is over or the disturbances (steps, 3) end.
 
     With `image_size` None without pictures.
     """
     raw = simulator.reset(seed)
-    demonstrator = Demonstrator(simulator, raw, detour)
+    assert simulator.pillar is not None
+    demonstrator = AroundPillar(expert(simulator.task), simulator.pillar, raw, side)
     images, states, actions, solved = [], [], [], False
     for disturbance in disturbances:
         if image_size is not None:
@@ -108,7 +91,7 @@ def demonstrate(
         executed = action.copy()
         executed[:3] += disturbance
         raw, solved = simulator.step(executed)
-        if solved:
+        if solved or simulator.touched:
             break
     return Episode(np.array(images, dtype=np.uint8), np.stack(states), np.stack(actions), solved)
 
@@ -146,7 +129,7 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
             if not episode.solved:
                 raise RuntimeError(
                     f"the demonstrator left {recording.task} unsolved after {recording.max_steps} steps in episode "
-                    f"{index}: choose another detour, less noise or more steps"
+                    f"{index}: choose another pillar, less noise or more steps"
                 )
             for image, state, action in zip(episode.images, episode.states, episode.actions, strict=True):
                 dataset.add_frame({IMAGE: image, STATE: state, ACTION: action, "task": prompt})
@@ -183,14 +166,14 @@ _simulator: Simulator
 def _start_worker(recording: Recording) -> None:
     global _recording, _simulator
     _recording = recording
-    _simulator = Simulator(recording.task, recording.camera, recording.action_repeat)
+    _simulator = recording.simulator()
 
 
 def _record_episode(index: int) -> Episode:
     return demonstrate(
         _simulator,
         _recording.seed + index,
-        _recording.detours[index % 2],
+        _recording.side(index),
         disturbances=disturbances(_recording, index),
         image_size=_recording.image_size,
     )

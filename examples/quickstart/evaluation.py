@@ -35,7 +35,7 @@ from .report import animate
 
 Array = NDArray[np.float32]
 
-FILM_SIZE, FILM_EPISODES = 160, 4
+FILM_SIZE, FILM_EPISODES = 192, 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Evaluation:
 
     episodes: int = 60
     seed: int = 100_000
-    max_steps: int = 150
+    max_steps: int = 96
     side_by_side: int = 10
     observations: int = 16  # starts at which the chunks' distribution is measured ...
     draws: int = 32  # ... and chunks drawn at each
@@ -76,14 +76,16 @@ def draw_noise(runner: Runner, rngs: Sequence[np.random.Generator]) -> torch.Ten
 @cache
 def simulators(recording: Recording, count: int) -> list[Simulator]:
     """Simulators of the recorded task, once per process."""
-    return [Simulator(recording.task, recording.camera, recording.action_repeat) for _ in range(count)]
+    return [recording.simulator() for _ in range(count)]
 
 
 class Outcome(NamedTuple):
-    """One episode: whether it was solved, after how many actions, and frames of it where a film was asked for."""
+    """One episode: whether it was solved, after how many actions, on which side of the pillar (-1 left, 1 right, 0: it
+    was not passed), and frames of it where a film was asked for."""
 
     solved: bool
     actions: int
+    side: int
     frames: list[NDArray[np.uint8]]
 
 
@@ -142,13 +144,20 @@ def _play_together(
         limit=-(-max_steps // runner.horizon) * runner.horizon,  # whole chunks
         draw_noise=lambda: draw_noise(runner, rngs),
     )
-    return [Outcome(scene.success, course.steps, scene.frames) for scene, course in zip(scenes, courses, strict=True)]
+    return [
+        Outcome(scene.success, course.steps, env.side, scene.frames)
+        for scene, env, course in zip(scenes, simulators(recording, len(seeds)), courses, strict=True)
+    ]
 
 
 def play(simulator: Simulator, seed: int, actions: Array, max_steps: int) -> bool:
     """Whether these actions, executed blindly from the start `seed` draws, solve the task; the last one is held."""
     simulator.reset(seed)
-    return any(simulator.step(actions[min(step, len(actions) - 1)])[1] for step in range(max_steps))
+    for step in range(max_steps):
+        solved = simulator.step(actions[min(step, len(actions) - 1)])[1]
+        if solved or simulator.touched:
+            return solved
+    return False
 
 
 def mean_demonstration(demonstrations: Sequence[Array]) -> Array:
@@ -166,7 +175,7 @@ def expert_chunks(recording: Recording, evaluation: Evaluation, horizon: int) ->
                 demonstrate(
                     simulator,
                     seed,
-                    recording.detours[draw % 2],
+                    recording.side(draw),
                     disturbances=disturbances(recording, draw, seed)[:horizon],
                 ).actions
                 for draw in range(evaluation.draws)
@@ -210,7 +219,7 @@ def measure_demonstrator(recording: Recording, evaluation: Evaluation, horizon: 
     np.save(experts, chunks)
     calm = np.zeros((evaluation.max_steps, 3))
     episodes = [
-        demonstrate(simulators(recording, 1)[0], seed, recording.detours[seed % 2], disturbances=calm)
+        demonstrate(simulators(recording, 1)[0], seed, recording.side(seed), disturbances=calm)
         for seed in evaluation.seeds()
     ]
     return {
@@ -260,15 +269,17 @@ def measure_latency(
 
 
 def film(
-    checkpoint: Path, sampling: Sampling, recording: Recording, evaluation: Evaluation, path: Path
+    ways: Sequence[tuple[str, Path, Sampling]], recording: Recording, evaluation: Evaluation, path: Path
 ) -> dict[str, Any]:
-    """A GIF of the first episodes, every other frame."""
-    runner = runner_of(checkpoint, sampling)
-    seeds = evaluation.seeds()[:FILM_EPISODES]
-    outcomes = play_all(runner, recording, evaluation, seeds, film=FILM_SIZE)
-    rate = STEP_RATE // recording.action_repeat // 2
-    animate([[*outcome.frames[::2], outcome.frames[-1]] for outcome in outcomes], path, rate)
-    return {"frames": max(outcome.actions for outcome in outcomes)}
+    """A GIF of the first episodes, every other frame; a column for each way: its title, checkpoint and sampling."""
+    columns, longest = {}, 0
+    for title, checkpoint, sampling in ways:
+        seeds = evaluation.seeds()[:FILM_EPISODES]
+        outcomes = play_all(runner_of(checkpoint, sampling), recording, evaluation, seeds, film=FILM_SIZE)
+        columns[title] = [[*outcome.frames[::2], outcome.frames[-1]] for outcome in outcomes]
+        longest = max(longest, *(outcome.actions for outcome in outcomes))
+    animate(columns, path, STEP_RATE // recording.action_repeat // 2)
+    return {"frames": longest}
 
 
 def _play_all(recording: Recording, evaluation: Evaluation, plans: Sequence[Array]) -> dict[str, Any]:
@@ -282,4 +293,8 @@ def _play_all(recording: Recording, evaluation: Evaluation, plans: Sequence[Arra
 
 
 def _plain(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    return {"solved": [each.solved for each in outcomes], "actions": [each.actions for each in outcomes]}
+    return {
+        "solved": [each.solved for each in outcomes],
+        "actions": [each.actions for each in outcomes],
+        "sides": [each.side for each in outcomes],
+    }

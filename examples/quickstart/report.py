@@ -1,6 +1,6 @@
 """What the quickstart leaves behind: a table, report.json, a plot and an animation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from ofp_lerobot.inference.sampling import Sampling
 
 
 def success_of(result: dict[str, Any]) -> dict[str, Any]:
-    """The report's keys for episodes; result: `solved` and, where they are known, the lengths `actions`."""
+    """The report's keys for episodes; result: `solved` and, where they are known, the lengths `actions` and the `sides`
+    of the pillar (-1 left, 1 right, 0: it was not passed)."""
     solved, lengths = result["solved"], result.get("actions", [])
+    passed = [side for side in result.get("sides", []) if side]
     done = [length for length, each in zip(lengths, solved, strict=False) if each]
     low, high = wilson_interval(sum(solved), len(solved))
     return {
@@ -23,6 +25,7 @@ def success_of(result: dict[str, Any]) -> dict[str, Any]:
         "ci95": [round(low, 4), round(high, 4)],
         "solved": [int(each) for each in solved],
         "actions_to_success": round(sum(done) / len(done), 1) if done else None,
+        "left": round(passed.count(-1) / len(passed), 3) if passed else None,
     }
 
 
@@ -32,7 +35,6 @@ def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: 
         "policy": policy,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "warm_start": sampling.warm_start,
         **success_of(result),
         "energy_distance": round(result["energy_distance"], 4),
         "spread": round(result["spread"], 4),
@@ -43,22 +45,23 @@ def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: 
 
 def table(report: dict[str, Any]) -> str:
     """The rows and baselines in Markdown."""
-    names = ("policy", "sampler", "steps", "warm start", "success [95 %]", "actions", "energy distance", "spread", "ms")
+    names = ("policy", "sampler", "steps", "success [95 %]", "left", "actions", "energy distance", "spread", "ms")
     lines = []
     for row in report["rows"]:
-        policy = [row["policy"], row["sampler"], row["steps"], row["warm_start"] or "–"]
+        policy = [row["policy"], row["sampler"], row["steps"]]
         measures = [f"{row['energy_distance']:.3f}", f"{row['spread']:.3f}", f"{row['latency_ms']:.1f}"]
         lines.append([*policy, *_success(row), *measures])
     for row in report["baselines"]:
-        lines.append([row["name"], *["–"] * 3, *_success(row), *["–"] * 3])
+        lines.append([row["name"], *["–"] * 2, *_success(row), *["–"] * 3])
     row = report["demonstrator"]
-    lines.append(["demonstrator", *["–"] * 3, *_success(row), "0", f"{row['spread']:.3f}", "–"])
+    lines.append(["demonstrator", *["–"] * 2, *_success(row), "0", f"{row['spread']:.3f}", "–"])
     return "\n".join(markdown_table(names, lines))
 
 
 def _success(row: dict[str, Any]) -> list[str]:
     low, high = row["ci95"]
-    return [f"{row['success']:.2f} [{low:.2f}, {high:.2f}]", str(row["actions_to_success"] or "–")]
+    left = "–" if row["left"] is None else f"{row['left']:.2f}"
+    return [f"{row['success']:.2f} [{low:.2f}, {high:.2f}]", left, str(row["actions_to_success"] or "–")]
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -71,8 +74,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        warm = f", warm start {row['warm_start']}" if row["warm_start"] else ""
-        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}{warm}", []).append(row)
+        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}", []).append(row)
     for index, (label, rows) in enumerate(curves.items()):
         x = [row["evaluations_per_chunk"] * (0.94 + 0.04 * index) for row in rows]  # side by side
         success = np.array([row["success"] for row in rows])
@@ -90,13 +92,23 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def animate(episodes: Sequence[Sequence[NDArray[np.uint8]]], path: Path, rate: int) -> None:
-    """A GIF of episodes side by side; each holds its last frame until all have ended. rate: frames a second."""
-    from PIL import Image
+def animate(columns: Mapping[str, Sequence[Sequence[NDArray[np.uint8]]]], path: Path, rate: int) -> None:
+    """A GIF of episodes side by side, a column for each title and its episodes below one another.
 
-    length = max(map(len, episodes))
-    frames = [
-        Image.fromarray(np.concatenate([episode[min(i, len(episode) - 1)] for episode in episodes], axis=1))
-        for i in range(length)
-    ]
+    Each episode holds its last frame until all have ended. rate: frames a second.
+    """
+    from PIL import Image, ImageDraw
+
+    length = max(len(episode) for column in columns.values() for episode in column)
+    frames = []
+    for i in range(length):
+        parts = [
+            np.concatenate([episode[min(i, len(episode) - 1)] for episode in column], axis=0)
+            for column in columns.values()
+        ]
+        frame = Image.fromarray(np.concatenate(parts, axis=1))
+        draw, width = ImageDraw.Draw(frame), frame.width // len(columns)
+        for number, title in enumerate(columns):
+            draw.text((number * width + 4, 4), title, fill="white", stroke_width=1, stroke_fill="black")
+        frames.append(frame)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // rate, loop=0, optimize=True)

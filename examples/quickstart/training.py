@@ -23,7 +23,7 @@ class Training:
     network: str = "gemma_tiny"
     vision: str = "siglip_tiny"
     chunk_size: int = 8
-    executed: int = 4
+    executed: int = 8  # whole chunks: which way round the pillar is decided within one
     batch_size: int = 32
     noise_draws: int = 2
     base_steps: int = 1200

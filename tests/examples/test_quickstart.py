@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -16,19 +17,18 @@ from transformers import AutoTokenizer
 from examples.quickstart import evaluation, report, training
 from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
 from examples.quickstart.evaluation import Evaluation
-from examples.quickstart.pipeline import BASELINES, ROWS, Settings
+from examples.quickstart.pipeline import BASELINES, FILMED, ROWS, Settings
 from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
-from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.policies.ofp.small_tokenizer import UNKNOWN, build_tokenizer
 
 KEYS = {
     "policy",
     "sampler",
     "steps",
-    "warm_start",
+    "left",
     "success",
     "episodes",
     "ci95",
@@ -76,7 +76,7 @@ def test_mean_demonstration_goes_on_with_the_last_action():
 
 
 def test_tokenizer_knows_every_word_and_number(tmp_path):
-    text = description("window-open-v3")
+    text = description(Recording.task)
     size = build_tokenizer(tmp_path, [text])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     numbers = " ".join(map(str, range(-1, 257)))
@@ -90,8 +90,8 @@ def test_tokenizer_knows_every_word_and_number(tmp_path):
 
 
 def test_prompt_fits(tmp_path):
-    build_tokenizer(tmp_path, [description("window-open-v3")])
-    prompt = f"Task: {description('window-open-v3')}, State: 0 255 -1 256;\nAction: "
+    build_tokenizer(tmp_path, [description(Recording.task)])
+    prompt = f"Task: {description(Recording.task)}, State: 0 255 -1 256;\nAction: "
     tokens = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True).tokenize(prompt)
     assert len(tokens) <= training.PROMPT_LENGTH
 
@@ -151,9 +151,15 @@ def test_training_shows_progress_and_says_why_it_failed(tmp_path, monkeypatch, c
 
 
 def example_report():
-    result = {"solved": [True, False, True], "actions": [40, 150, 60], "energy_distance": 0.1, "spread": 0.4}
+    result = {
+        "solved": [True, False, True],
+        "actions": [40, 150, 60],
+        "sides": [-1, 0, 1],
+        "energy_distance": 0.1,
+        "spread": 0.4,
+    }
     return {
-        "task": "window-open-v3",
+        "task": "button-press-topdown-v3",
         "rows": [report.row_of(policy, sampling, result, 3.0) for policy, sampling in ROWS],
         "baselines": [{"name": name, **report.success_of({"solved": [False, True]})} for name in BASELINES],
         "demonstrator": {**report.success_of(result), "spread": 0.4},
@@ -167,7 +173,7 @@ def test_report_has_the_promised_keys():
     one = example["rows"][0]
     assert one["policy"] == "ofp" and one["steps"] == one["evaluations_per_chunk"] == 1
     assert one["success"] == pytest.approx(2 / 3) and one["ci95"][0] < 2 / 3 < one["ci95"][1]
-    assert one["actions_to_success"] == 50
+    assert one["actions_to_success"] == 50 and one["left"] == 0.5
     assert {row["policy"] for row in example["rows"]} == {"ofp", "flow_matching"}
     assert example["versions"]["lerobot"]
     assert len(report.table(example).splitlines()) == 2 + len(ROWS) + len(BASELINES) + 1
@@ -176,17 +182,18 @@ def test_report_has_the_promised_keys():
 def test_pictures_are_written(tmp_path):
     report.plot(example_report(), tmp_path / "success.png")
     frames = [np.full((8, 8, 3), 40 * i, dtype=np.uint8) for i in range(5)]
-    report.animate([frames, frames[:2]], tmp_path / "rollout.gif", rate=20)
+    report.animate({"one": [frames, frames[:2]], "ten": [frames[:3], frames]}, tmp_path / "rollout.gif", rate=20)
     assert (tmp_path / "success.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "rollout.gif").read_bytes().startswith(b"GIF")
+    with Image.open(tmp_path / "rollout.gif") as film:
+        assert film.format == "GIF" and film.size == (16, 16) and film.n_frames == 5
 
 
 def test_evaluation_starts_are_not_recorded():
     recording, measured = Recording(), Evaluation()
     assert not set(range(recording.seed, recording.seed + recording.episodes)) & set(measured.seeds())
-    assert measured.episodes >= 30 and any(
-        sampling == Sampling.plain("flow_map", 1, warm_start=0.15) for _, sampling in ROWS
-    )
+    assert measured.episodes >= 30
+    filmed = [(ROWS[index][0], ROWS[index][1].steps) for index in FILMED]
+    assert filmed == [("flow_matching", 1), ("ofp", 1), ("flow_matching", 10)]
 
 
 def test_disturbances_are_a_function_of_seed_and_index():
@@ -201,14 +208,13 @@ def test_disturbances_are_a_function_of_seed_and_index():
 @pytest.fixture(scope="module")
 def simulator():
     pytest.importorskip("metaworld")
-    recording = Recording()
-    with Simulator(recording.task, recording.camera, recording.action_repeat) as simulator:
+    with Recording().simulator() as simulator:
         yield simulator
 
 
 def run(simulator, index):
     recording = Recording()
-    return demonstrate(simulator, 3, recording.detours[index % 2], disturbances=disturbances(recording, index, seed=3))
+    return demonstrate(simulator, 3, recording.side(index), disturbances=disturbances(recording, index, seed=3))
 
 
 def test_the_demonstrator_solves_the_task_in_both_styles(simulator):
@@ -256,14 +262,15 @@ def test_noisy_episodes_are_labelled_with_the_demonstrators_action(simulator):
 def test_it_is_lerobots_environment(simulator):
     from lerobot.envs.metaworld import MetaworldEnv
 
+    plain = Simulator(simulator.task, simulator.camera, simulator.action_repeat)
     theirs = MetaworldEnv(simulator.task, camera_name=simulator.camera)
     theirs._ensure_env()
     theirs._env.seed(11)
     expected = theirs._env.reset(seed=11)[0]
-    ours = simulator.reset(11)
+    ours = plain.reset(11)
     assert np.array_equal(ours, expected) and theirs.task_description == description(simulator.task)
     action = np.array([0.5, -0.2, 0.3, 1.0])
-    for _ in range(simulator.action_repeat):
+    for _ in range(plain.action_repeat):
         expected = theirs._env.step(action)[0]
-    assert np.array_equal(simulator.step(action)[0], expected)
+    assert np.array_equal(plain.step(action)[0], expected)
     assert np.array_equal(state_of(expected), expected[:4].astype(np.float32))

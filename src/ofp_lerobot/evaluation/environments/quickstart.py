@@ -11,6 +11,7 @@ from ..episodes import Outcome, Start
 from ..rollout import MeasuredSession, roll_out
 from . import Harness
 from .metaworld import MetaworldScene, Simulator, description, usable_backend
+from .pillar import TASK, Pillar
 
 if TYPE_CHECKING:
     from ...inference.session import Runner
@@ -20,7 +21,8 @@ MAX_STEPS = 150  # actions
 
 
 class QuickstartHarness(Harness):
-    """MetaWorld as the quickstart records and evaluates it: 64 pixels, two simulator steps to an action."""
+    """MetaWorld as the quickstart records and evaluates it: 64 pixels, two simulator steps to an action, and the pillar
+    in its own task."""
 
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
         os.environ["MUJOCO_GL"] = usable_backend()  # before anything imports MuJoCo
@@ -35,7 +37,8 @@ class QuickstartHarness(Harness):
     ) -> Outcome:
         if self._simulator is None or self._simulator.task != start.task:
             self.close()
-            self._simulator = Simulator(start.task, CAMERA, ACTION_REPEAT)
+            pillar = Pillar() if start.task == TASK else None
+            self._simulator = Simulator(start.task, CAMERA, ACTION_REPEAT, pillar=pillar)
         instruction = start.instruction or description(start.task)
         film_size = 4 * IMAGE_SIZE if film else None
         scene = MetaworldScene(
