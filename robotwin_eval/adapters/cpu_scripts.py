@@ -4,6 +4,7 @@ The scripts are not changed. They are imported, their `main` is called, and the 
 """
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import json
@@ -54,16 +55,16 @@ def watched(script):
     return script
 
 
+@contextlib.contextmanager
 def alone(task, config):
-    """A file that stays locked while it is open. Ends the process where another collection of the same holds it."""
+    """Ends the process where another one collects the same: both would write the same files."""
     os.makedirs("data", exist_ok=True)
-    file = open(os.path.join("data", f".{task}_{config}.lock"), "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise SystemExit(f"another process collects {task} with {config} here: wait for it, or end it") from None
-    return file
+    with open(os.path.join("data", f".{task}_{config}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process collects {task} with {config} here: wait for it, or end it") from None
+        yield
 
 
 def collect(task, config, episodes):
