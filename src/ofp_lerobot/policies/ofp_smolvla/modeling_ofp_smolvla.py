@@ -58,7 +58,7 @@ class OFPSmolVLAPolicy(VLAPolicy):
     def _default_tokenizer(config: OFPSmolVLAConfig) -> PromptTokenizer:
         padded = config.pad_language_to == "max_length"
         length = config.tokenizer_max_length or SMOLVLM_MAX_LENGTH
-        return PromptTokenizer(config.vlm_model_name, length, with_state=False, padded=padded)
+        return PromptTokenizer(config.vlm_model_name, length, "as given", padded)
 
     def _prepare(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         device, b = self.model.action_in_proj.weight.device, len(observation.tokens)

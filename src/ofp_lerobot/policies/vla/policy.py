@@ -6,8 +6,10 @@ Times: t = 1 noise, t = 0 action. b is the batch, horizon is `chunk_size`; actio
 import json
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -73,6 +75,8 @@ class VLAPolicy(FlowMapPolicy):
     as_stored: ClassVar[str] = ""
     """Start of the names of the network's weights that keep the dtypes of a checkpoint while they are frozen. The
     others are float32 then. Empty where `dtype` says the dtypes."""
+    old_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Starts of weights' names, without LeRobot's `model.`, that LeRobot's own loading replaces."""
     binned: ClassVar[tuple[str, ...]] = ()
     """Features of which the network only reads bins."""
     adapted: ClassVar[str]
@@ -189,7 +193,7 @@ class VLAPolicy(FlowMapPolicy):
                 weights.warn_of_unknown(type(config), checkpoint, source)
             cls._note_start(config, checkpoint)
             config.base_model = checkpoint.get("base_model") if Path(source).is_dir() else str(source)
-        state = weights.load_state_dict(source, **hub)
+        state = weights.load_state_dict(source, old_names=cls.old_names, **hub)
         tokenizer = checkpoint_tokenizer(sources.find_file(source, sources.PREPROCESSOR, **hub))
         with no_init_weights():
             policy = cls(config, **{"tokenizer": tokenizer, "with_weights": False, **kwargs})
