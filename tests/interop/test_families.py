@@ -67,7 +67,9 @@ def test_pi0s_time_layers_under_the_names_of_pi05s(dataset, tokenizer, tmp_path)
     family, source = OURS["ofp_pi0"], runs.stock_checkpoint("ofp_pi0", tmp_path / "stock", dataset, tokenizer)
     expected, batch, noise = answer(family.stock_policy.from_pretrained(source).eval())
     path = source / "model.safetensors"
-    state = {name.removeprefix("model.").replace("action_time_mlp", "time_mlp"): w for name, w in load_file(path).items()}
+    state = {
+        name.removeprefix("model.").replace("action_time_mlp", "time_mlp"): w for name, w in load_file(path).items()
+    }
     assert {"time_mlp_in.weight", "time_mlp_out.bias"} < state.keys()
     save_file(state, path)
     assert convert(["from-pi0", str(source), f"--output={tmp_path / 'start'}"]) == 0
@@ -87,7 +89,8 @@ def test_pi0s_time_layers_under_the_names_of_pi05s(dataset, tokenizer, tmp_path)
         actions = policy.eval().predict_action_chunk(dict(batch), noise=noise)
         torch.testing.assert_close(actions, expected, atol=1e-5, rtol=1e-5)
     save_file({f"model.{name}": w for name, w in state.items()}, path)  # there LeRobot does not, and goes on without
-    with pytest.raises(ValueError, match=r"4 missing: model\.action_time_mlp_in\.bias.*4 unexpected: model\.time_mlp_in"):
+    names = r"4 missing: model\.action_time_mlp_in\.bias.*4 unexpected: model\.time_mlp_in"
+    with pytest.raises(ValueError, match=names):
         family.policy.from_pretrained(source, config=KINDS["ofp_pi0"].config(**sizes))
 
 

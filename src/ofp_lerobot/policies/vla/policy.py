@@ -29,6 +29,7 @@ from ..policy import FlowMapPolicy
 from ..relative import check_relative
 from ..training_state import resumed_from
 from . import weights
+from .attention import Prefix
 from .features import check_statistics
 from .images import check_image
 from .prompt import (
@@ -338,8 +339,12 @@ class VLAPolicy(FlowMapPolicy):
     def _sample(self, observation: Observation, x: Tensor, start: float) -> Tensor:
         """Carries x (n, chunk_size, max_action_dim), n a multiple of b, from time `start` to the actions."""
         steps, sampler = self.config.num_inference_steps, self.config.sampler
-        prefix = self._encode(*self._prepare(observation))
+        prefix = self._for_all_steps(self._encode(*self._prepare(observation)))
         return sample_chunk(partial(self._velocity, prefix), x, steps=steps, sampler=sampler, start=start)
+
+    def _for_all_steps(self, prefix: Prefix) -> Prefix:
+        """Does what of the action side's work on a prefix is the same in every step of the sampler."""
+        return prefix
 
     # Real-time chunking
 

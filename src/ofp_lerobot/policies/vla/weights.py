@@ -159,9 +159,7 @@ def check_processors(config: Any, checkpoint: dict[str, Any], source: str | Path
         )
 
 
-def load_state_dict(
-    source: str | Path, *, old_names: Mapping[str, str] | None = None, **hub: Any
-) -> dict[str, Tensor]:
+def load_state_dict(source: str | Path, *, old_names: Mapping[str, str] | None = None, **hub: Any) -> dict[str, Tensor]:
     """A checkpoint's weights under LeRobot's names, on the CPU. old_names: as `VLAPolicy.old_names`.
 
     Raises FileNotFoundError where there is no model.safetensors, ValueError where it is damaged.
