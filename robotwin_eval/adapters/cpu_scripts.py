@@ -4,6 +4,8 @@ The scripts are not changed. They are imported, their `main` is called, and the 
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -53,8 +55,25 @@ def watched(script):
     return script
 
 
+@contextlib.contextmanager
+def alone(task, config):
+    """Ends the process where another one collects the same: both would write the same files."""
+    os.makedirs("data", exist_ok=True)
+    with open(os.path.join("data", f".{task}_{config}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process collects {task} with {config} here: wait for it, or end it") from None
+        yield
+
+
 def collect(task, config, episodes):
     """`script/collect_data.py TASK CONFIG`. episodes: instead of the configuration's episode_num."""
+    with alone(task, config):
+        _collect(task, config, episodes)
+
+
+def _collect(task, config, episodes):
     script = watched(importlib.import_module("collect_data"))
     run = script.run
 

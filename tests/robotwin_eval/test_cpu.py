@@ -1,6 +1,7 @@
 """RoboTwin without CUDA: the checkout, the driver, RoboTwin's modules and scripts, all stood in for."""
 
 import argparse
+import fcntl
 import json
 import shutil
 import subprocess
@@ -292,6 +293,16 @@ def test_a_task_whose_every_scene_fails_ends(script):
     done = script("collect", "task", "broken")
     assert done.returncode != 0
     assert "none of 50 scenes in a row; the last error: FileNotFoundError: no mesh" in done.stderr
+
+
+def test_two_collections_of_one_task_do_not_mix(script, root):
+    (root / "data").mkdir(exist_ok=True)
+    with (root / "data/.task_demo_cpu.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = script("collect", "task", "demo_cpu", "--episodes=1")
+        assert done.returncode == 1 and "another process collects task with demo_cpu here" in done.stderr
+        assert script("collect", "task", "other", "--episodes=1").returncode == 0
+    assert script("collect", "task", "demo_cpu", "--episodes=1").returncode == 0
 
 
 def test_the_comparison_starts_the_driver_without_cuda(root, robot, tmp_path):

@@ -336,6 +336,8 @@ def jumps(collected: Collected, variant: str, executed: int) -> np.ndarray:
     """Mean square by which successive chunks disagree, per pair (g,), in normalised units.
 
     Over all steps that both plan; where a chunk is executed whole (the seam), from its last action to the next first.
+    Not `metrics.jump`, which compares two plans in the robot's units: here are several draws for each pair, padded
+    frames, and relative actions of two origins.
     """
     later, now = collected.later, collected.now
     assert later is not None
