@@ -32,8 +32,8 @@ class SmolVLMSize(NamedTuple):
     scale: int
 
 
-# HuggingFaceTB/SmolVLM2-500M-Video-Instruct, of which SmolVLA takes 16 layers.
-SMOLVLM_500M = SmolVLMSize(960, 2560, 32, 15, 5, 49280, 768, 3072, 12, 12, 512, 16, 4)
+# HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 layers that SmolVLA takes.
+SMOLVLM_500M = SmolVLMSize(960, 2560, 16, 15, 5, 49280, 768, 3072, 12, 12, 512, 16, 4)
 
 
 def write_smolvlm(directory: Path, size: SmolVLMSize, words: Iterable[str] = ()) -> Path:
