@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.speed import latency, presets, training
-from benchmarks.speed.smolvlm import SmolVLMSize
+from ofp_lerobot.policies.ofp_smolvla.small_vlm import SmolVLMSize
 from tests import small
 
 
