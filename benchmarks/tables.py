@@ -292,7 +292,7 @@ def launches(report: dict[str, Any]) -> list[str]:
 
 
 def training_steps(report: dict[str, Any]) -> list[str]:
-    """Of `benchmarks.speed.training`: a training step of each side, the pairs' ratios, operations and memory."""
+    """Of `benchmarks.speed.training`: a training step of each side, the pairs' ratios, and operations at real size."""
     labels = {"full": "all weights", "expert_only": "action expert only"}
     rows = []
     for mode, row in report["times"].items():
@@ -302,13 +302,9 @@ def training_steps(report: dict[str, Any]) -> list[str]:
             for low, high in [row[f"{who}_range_s"]]
         )
         low, high = row["ratio_range"]
-        peaks = (f"{row['peak_bytes'][who] / 1e9:.1f}" if row["peak_bytes"][who] else "–" for who in ("stock", "ours"))
         flops = f"{report['flop_ratios'][f'{mode}, default']:.2f}"
-        rows.append((labels[mode], *seconds, f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flops, *peaks))
-    head = (
-        "trained", "stock LeRobot, s", "ours, s", "ours ÷ stock", "operations, ours ÷ stock", "stock's peak, GB",
-        "our peak, GB",
-    )  # fmt: skip
+        rows.append((labels[mode], *seconds, f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flops))
+    head = ("trained", "stock LeRobot, s", "ours, s", "ours ÷ stock", "operations, ours ÷ stock")
     return markdown_table(head, rows)
 
 
