@@ -261,8 +261,56 @@ def toy(report: dict[str, Any]) -> list[str]:
     )
 
 
+def answers(report: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.speed.latency`, of a policy without the engine: stock's answers, ours, and the turns' ratios."""
+    rows, ratios = (
+        report["rows"],
+        {name: (value, *report["ratio_ranges"][name]) for name, value in report["ratios"].items()},
+    )
+    cases = (
+        ("one step", 1, 1, "stock_1_step_over_ours"),
+        ("ten steps", 10, 10, "stock_10_steps_over_ours_10"),
+        ("stock's ten steps, our one", 10, 1, "stock_10_steps_over_ours"),
+    )
+    found = [
+        (what, milliseconds(rows[f"stock, {theirs}"]), milliseconds(rows[f"ours, plain, {ours}"]),
+         "{:.2f} [{:.2f}, {:.2f}]".format(*ratios[name]))
+        for what, theirs, ours, name in cases
+    ]  # fmt: skip
+    return markdown_table(("one answer", "stock LeRobot, ms", "ours, ms", "stock ÷ ours"), found)
+
+
+def launches(report: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.speed.latency`, of a policy without the engine: what was counted at real size."""
+    counts = report["counts"]
+    cells = [
+        (steps, *(f"{counts[f'{who}, {steps}']['launches']:,}" for who in ("stock", "ours, plain")),
+         *(f"{counts[f'{who}, {steps}']['flops'] / 1e12:.2f}" for who in ("stock", "ours, plain")))
+        for steps in (1, 10)
+    ]  # fmt: skip
+    return markdown_table(("steps", "stock LeRobot, launches", "ours", "stock LeRobot, TFLOP", "ours"), cells)
+
+
+def training_steps(report: dict[str, Any]) -> list[str]:
+    """Of `benchmarks.speed.training`: a training step of each side, the pairs' ratios, and operations at real size."""
+    labels = {"full": "all weights", "expert_only": "action expert only"}
+    rows = []
+    for mode, row in report["times"].items():
+        seconds = (
+            f"{row[f'{who}_s']:.1f} [{low:.1f}, {high:.1f}]"
+            for who in ("stock", "ours")
+            for low, high in [row[f"{who}_range_s"]]
+        )
+        low, high = row["ratio_range"]
+        flops = f"{report['flop_ratios'][f'{mode}, default']:.2f}"
+        rows.append((labels[mode], *seconds, f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flops))
+    head = ("trained", "stock LeRobot, s", "ours, s", "ours ÷ stock", "operations, ours ÷ stock")
+    return markdown_table(head, rows)
+
+
 REPORTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    function.__name__: function for function in (metaworld, metaworld_bars, quickstart, toy)
+    function.__name__: function
+    for function in (metaworld, metaworld_bars, quickstart, toy, answers, launches, training_steps)
 }
 
 

@@ -13,13 +13,13 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
-from benchmarks.speed.smolvlm import SmolVLMSize
 from benchmarks.speed.smolvlm import smolvlm as write_smolvlm_once
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp_pi0.configuration_ofp_pi0 import OFPPi0Config
 from ofp_lerobot.policies.ofp_pi0.modeling_ofp_pi0 import OFPPi0Policy
 from ofp_lerobot.policies.ofp_smolvla.configuration_ofp_smolvla import OFPSmolVLAConfig
 from ofp_lerobot.policies.ofp_smolvla.modeling_ofp_smolvla import OFPSmolVLAPolicy
+from ofp_lerobot.policies.ofp_smolvla.small_vlm import SmolVLMSize
 from tests import small
 
 

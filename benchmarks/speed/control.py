@@ -65,7 +65,7 @@ def our_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--preset", choices=[n for n, p in PRESETS.items() if p.family == "pi05"], default="cpu")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--repeats", type=int, default=15)

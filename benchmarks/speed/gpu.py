@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="names, by default all; `build` before what asks")
     parser.add_argument("--deadline", type=float, default=500, help="seconds from the start")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", choices=PRESETS, default="real")
+    parser.add_argument("--preset", choices=[n for n, p in PRESETS.items() if p.family == "pi05"], default="real")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--train-batch", type=int, default=4)

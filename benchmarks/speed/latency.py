@@ -1,12 +1,15 @@
-"""A chunk's latency, ours against stock LeRobot's with the same weights, noise and inputs; of π₀.₅, or SmolVLA.
+"""A chunk's latency, ours against stock LeRobot's with the same weights, noise and inputs; of π₀.₅, π₀ or SmolVLA.
 
     python -m benchmarks.speed.latency --json outputs/latency.json
-    python -m benchmarks.speed.latency --preset smolvla --repeats 3
+    python -m benchmarks.speed.latency --preset smolvla --repeats 5
 
 Operations are counted at real size (`counting.py`); times are measured at `--preset` on `--device`. All policies
 first answer from the same noise, and the run ends if they differ. Then they are timed by turns in one process, each
-from a preprocessed batch to actions on the host; ours cuts the padded text, as it does in use. `--compile` adds
-torch.compile of both sides, which takes minutes.
+from a preprocessed batch to actions on the host; ours cuts the padded text, as it does in use. On a CPU the time is
+the process's own, on one thread, so that other load does not stretch it. `--compile` adds torch.compile of both sides
+of π₀.₅, which takes minutes.
+
+`smolvla` is SmolVLA's real size. Its 33 answers and two networks take about four minutes of one core, and 5 GB.
 """
 
 import argparse
@@ -24,10 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.speed.counting import Counts, count, fake_gpu, host_reads
-from benchmarks.speed.presets import PRESETS, Preset, as_on_a_gpu, is_smolvla, make_batch, make_ofp, make_stock
+from benchmarks.speed.presets import PRESETS, REAL, Preset, as_on_a_gpu, make_batch, make_ofp, make_stock
+from benchmarks.speed.timing import milliseconds_here
 from ofp_lerobot.compat import released_names
 from ofp_lerobot.evaluation.provenance import provenance
-from ofp_lerobot.evaluation.timing import milliseconds
 from ofp_lerobot.flow_map.path import sample_chunk
 from ofp_lerobot.policies.ofp.engine.graph import Inputs
 
@@ -35,12 +38,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-STEPS = (1, 2, 10)
 # What deployment needs: an image tower that no longer trains is stored as it computes.
 DEPLOYED = {"freeze_vision_encoder": True}
 
 
-def count_all(preset: Preset) -> dict[str, Counts]:
+def count_engine(preset: Preset) -> dict[str, Counts]:
     """Operations of one answer in bfloat16, batch 1; the engine's are recorded and start as one launch."""
     counts = {}
     with warnings.catch_warnings(), fake_gpu():
@@ -65,21 +67,49 @@ def count_all(preset: Preset) -> dict[str, Counts]:
     return counts
 
 
-def count_plain(policies: dict[str, Any], batch: dict[str, Any], noise: Tensor) -> dict[str, Counts]:
-    """Of SmolVLA, by running it: its image tower picks by values, which fake tensors have not."""
-    ours, stock = policies["ours, plain"], policies["stock"]
+def count_plain(stock: Any, ours: Any, batch: dict[str, Any], noise: Tensor) -> dict[str, Counts]:
+    """Operations of one answer without an engine."""
+    return {
+        f"{name}, {steps}": count(partial(act, policy, batch, noise, steps))
+        for steps in (1, 10)
+        for name, policy, act in (("stock", stock, _stock_acts), ("ours, plain", ours, _we_act))
+    }
 
-    def act(steps: int) -> Tensor:
-        prefix = ours.model.encode(*ours.prepare_observation(batch))
-        return sample_chunk(partial(ours.model, prefix), noise, steps=steps)
 
-    counts = {}
+def count_all(preset: Preset, policies: dict[str, Any], device: str) -> dict[str, Counts]:
+    """Operations of one answer at real size, batch 1. policies: SmolVLA's have that size.
+
+    They run, since SmolVLA's image tower picks by values, which fake tensors have not.
+    """
+    if preset.family == "pi05":
+        return count_engine(REAL["pi05"])
+    if preset.family == "pi0":
+        return count_pi0(REAL["pi0"])
     with torch.no_grad():
-        for steps in (1, 10):
-            set_steps(stock.config, steps)
-            counts[f"stock, {steps}"] = count(lambda: stock.predict_action_chunk(dict(batch), noise=noise))
-            counts[f"ours, plain, {steps}"] = count(partial(act, steps))
-    return counts
+        batch, noise = make_batch(preset, 1, device), torch.randn(1, preset.horizon, 32, device=device)
+        return count_plain(policies["stock"], policies["ours, plain"], batch, noise)
+
+
+def count_pi0(preset: Preset) -> dict[str, Counts]:
+    """As `count_plain`, in bfloat16, batch 1, without weights."""
+    with warnings.catch_warnings(), fake_gpu():
+        warnings.simplefilter("ignore")  # of fake tensors
+        with torch.device("cuda"):
+            stock = make_stock(preset, "cpu", dtype="bfloat16")
+            ours = make_ofp(preset, "cpu", dtype="bfloat16", **DEPLOYED)
+        noise = torch.randn(1, preset.horizon, 32, device="cuda")
+        return count_plain(stock, ours, make_batch(preset, 1, "cuda"), noise)
+
+
+def _stock_acts(policy: Any, batch: dict[str, Any], noise: Tensor, steps: int) -> None:
+    set_steps(policy.config, steps)
+    policy.predict_action_chunk(dict(batch), noise=noise)
+
+
+def _we_act(policy: Any, batch: dict[str, Any], noise: Tensor, steps: int) -> None:
+    """Without the checks of an answer, which read values."""
+    prefix = policy._for_all_steps(policy.model.encode(*policy.prepare_observation(batch)))
+    sample_chunk(partial(policy.model, prefix), noise, steps=steps)
 
 
 def set_steps(config: Any, steps: int) -> None:
@@ -108,21 +138,22 @@ def memory_taken(run: Callable[[], Any]) -> int:
 def make_policies(preset: Preset, device: str, dtype: str, compiled: bool) -> dict[str, Any]:
     """By name, all with the same random weights."""
     torch.manual_seed(0)
-    typed = {} if is_smolvla(preset) else {"dtype": dtype}  # its weights have the checkpoint's, here float32
+    smolvla, engine = preset.family == "smolvla", preset.family == "pi05"
+    typed = {} if smolvla else {"dtype": dtype}  # its weights have the checkpoint's, here float32
     stock = make_stock(preset, device, **typed).eval()
     with torch.no_grad():  # AdaRMS starts silent: give the time and the prefix a say
         for name, parameter in stock.named_parameters():
             if "dense.weight" in name:
                 parameter.normal_(std=0.02)
     changes: dict[str, Any] = {**typed, **DEPLOYED}
-    if not is_smolvla(preset):
+    if not smolvla:
         changes["bfloat16_rotary"] = dtype == "bfloat16"
     # The modes LeRobot's and ours leave to the user; the default is "max-autotune".
     compiling = {"compile_model": True, "compile_mode": "default" if device == "cpu" else "max-autotune"}
     policies = {"stock": stock, "ours, plain": make_ofp(preset, device, **changes)}
-    if not is_smolvla(preset):
+    if engine:
         policies["ours, engine"] = make_ofp(preset, device, inference_engine=True, **changes)
-    if compiled and not is_smolvla(preset):
+    if compiled and engine:
         policies["stock, compiled"] = make_stock(preset, device, dtype=dtype, **compiling).eval()
         policies["stock, compiled"].load_state_dict(stock.state_dict())
         policies["ours, engine, compiled"] = make_ofp(preset, device, inference_engine=True, **compiling, **changes)
@@ -145,13 +176,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     preset, device = PRESETS[arguments.preset], arguments.device
+    if preset.family == "smolvla" and arguments.dtype != "float32":
+        parser.error("SmolVLA has the dtype of its checkpoint, here float32")
     if device == "cpu":
         torch.set_num_threads(1)  # steadier than several on cores that others use too
 
     policies = make_policies(preset, device, arguments.dtype, arguments.compile)
     batch = make_batch(preset, arguments.batch, device)
     noise = torch.randn(arguments.batch, preset.horizon, 32, device=device)
-    counts = count_plain(policies, batch, noise) if is_smolvla(preset) else count_all(PRESETS["real"])
+    counts = count_all(preset, policies, device)
     print("counted for one answer at real size, batch 1")
     for name, row in counts.items():
         print(f"  {name:38} {row.launches:6} launches {row.flops / 1e12:6.3f} TFLOP {row.bytes / 1e9:6.1f} GB touched")
@@ -163,7 +196,7 @@ def main() -> None:
     expected = answer(policies["stock"], batch, noise, 10)
     for name, policy in policies.items():
         ours = name.startswith("ours")
-        for steps in STEPS:
+        for steps in preset.steps:
             sampler = ("euler" if steps == 10 else "flow_map") if ours else None
             runs[f"{name}, {steps}"] = partial(answer, policy, batch, noise, steps, sampler)
         actual = runs[f"{name}, 10"]()
@@ -172,16 +205,18 @@ def main() -> None:
     if not max(differences.values()) <= TOLERANCE[arguments.dtype]:
         raise SystemExit(f"a difference of more than {TOLERANCE[arguments.dtype]}: nothing measured")
 
-    memory = {}
+    memory: dict[str, int | None] = dict.fromkeys(runs)
     for name, run in tqdm(runs.items(), desc="warm-up"):
-        memory[name] = memory_taken(run) if device == "cuda" else None
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(arguments.repeats), desc="turns"):
-        for name, run in runs.items():
-            times[name].append(milliseconds(run, torch.device(device)))
+        if device == "cuda":
+            memory[name] = memory_taken(run)
+        if device == "cuda" or "compiled" in name:  # else counting warms up
+            run()
     with as_on_a_gpu():
-        reads = {name: host_reads(run) for name, run in runs.items() if "compiled" not in name}
+        counted = tqdm([name for name in runs if "compiled" not in name], desc="host reads")
+        reads = {name: host_reads(runs[name]) for name in counted}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in tqdm([*runs.items()] * arguments.repeats, desc="answers"):
+        times[name].append(milliseconds_here(run, torch.device(device)))
     rows = {
         name: {
             "median_ms": statistics.median(values),
@@ -192,27 +227,30 @@ def main() -> None:
         for name, values in times.items()
     }
 
-    def ratio(name: str) -> float:
-        """Of the turns' ratios the median: what else runs on the machine strikes both."""
-        return statistics.median(b / a for a, b in zip(times[f"{fastest}, 1"], times[name], strict=True))
-
-    fastest = "ours, plain" if is_smolvla(preset) else "ours, engine"
-
-    ratios = {
-        "stock_1_step_over_ours": ratio("stock, 1"),
-        "stock_10_steps_over_ours": ratio("stock, 10"),
+    fastest = "ours, engine" if "ours, engine" in policies else "ours, plain"
+    compared = {
+        "stock_1_step_over_ours": ("stock, 1", f"{fastest}, 1"),
+        "stock_10_steps_over_ours": ("stock, 10", f"{fastest}, 1"),
+        "stock_10_steps_over_ours_10": ("stock, 10", f"{fastest}, 10"),
+        "plain_1_step_over_engine": ("ours, plain, 1", "ours, engine, 1"),
+        "compiled_stock_1_step_over_ours": ("stock, compiled, 1", f"{fastest}, 1"),
+        "compiled_stock_10_steps_over_ours": ("stock, compiled, 10", f"{fastest}, 1"),
     }
-    if not is_smolvla(preset):
-        ratios["plain_1_step_over_engine"] = ratio("ours, plain, 1")
-    if arguments.compile and not is_smolvla(preset):
-        ratios["compiled_stock_1_step_over_ours"] = ratio("stock, compiled, 1")
-        ratios["compiled_stock_10_steps_over_ours"] = ratio("stock, compiled, 10")
+    # Of each turn a ratio: what else runs on the machine strikes both.
+    turns = {
+        name: [a / b for a, b in zip(times[above], times[below], strict=True)]
+        for name, (above, below) in compared.items()
+        if above in times and below in times
+    }
+    ratios = {name: statistics.median(values) for name, values in turns.items()}
+    ratio_ranges = {name: [min(values), max(values)] for name, values in turns.items()}
     for name, row in rows.items():
         low, high = row["range_ms"]
         taken = "" if row["memory_bytes"] is None else f"  {row['memory_bytes'] / 1e6:.0f} MB beside the weights"
         print(f"  {name:28} {row['median_ms']:8.1f} ms [{low:.1f}, {high:.1f}]  {row['host_reads']} host reads{taken}")
     for name, value in ratios.items():
-        print(f"  {name} {value:.2f}")
+        low, high = ratio_ranges[name]
+        print(f"  {name} {value:.2f} [{low:.2f}, {high:.2f}]")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {
@@ -222,6 +260,7 @@ def main() -> None:
             "counts": {name: row._asdict() for name, row in counts.items()},
             "rows": rows,
             "ratios": ratios,
+            "ratio_ranges": ratio_ranges,
         }
         arguments.json.write_text(json.dumps(report, indent=2))
         plot(rows, arguments.json.with_suffix(".png"))

@@ -2,31 +2,28 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
-from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from benchmarks.speed.smolvlm import SMOLVLM_500M, smolvlm
 from benchmarks.speed.stock import shrunk
-from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, GemmaSize, OFPConfig
-from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.ofp_smolvla.configuration_ofp_smolvla import OFPSmolVLAConfig
-from ofp_lerobot.policies.ofp_smolvla.modeling_ofp_smolvla import OFPSmolVLAPolicy
+from ofp_lerobot.checkpoints.families import FAMILIES
+from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, GemmaSize
 from ofp_lerobot.policies.vla import policy as vla_policy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT, TextExtent
 
 
 @dataclass(frozen=True)
 class Preset:
-    """cameras of `resolution` pixels, `text` tokens of which `real_text` are real, a chunk of `horizon` steps."""
+    """Of LeRobot's `family`: cameras of `resolution` pixels, `text` tokens of which `real_text` are real, a chunk of
+    `horizon` steps. steps: the numbers of them that are compared.
+    """
 
+    family: Literal["pi05", "pi0", "smolvla"]
     vlm: str
     expert: str
     vision: str
@@ -37,26 +34,27 @@ class Preset:
     real_text: int
     horizon: int
     action_dim: int
+    steps: tuple[int, ...] = (1, 2, 10)
 
 
-SMOLVLM = "smolvlm_500m"  # a preset's `vlm` of SmolVLA's, at real size
 # Shared key and value shape, as in π₀.₅; prefix : suffix FLOPs above 100 : 1 (π₀.₅: 114 : 1), printed by the runs.
 SMALL_GEMMA["bench_vlm"] = GemmaSize(width=512, depth=4, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64)
 SMALL_GEMMA["bench_expert"] = GemmaSize(width=128, depth=4, mlp_dim=512, num_heads=8, num_kv_heads=1, head_dim=64)
+_SMALL, _REAL = ("bench_vlm", "bench_expert", "siglip_tiny", 2048), ("gemma_2b", "gemma_300m", "siglip_so400m", 257152)
 PRESETS = {
-    "cpu": Preset("bench_vlm", "bench_expert", "siglip_tiny", 2048, 3, 112, 64, 16, 10, 14),
-    "smolvla": Preset(SMOLVLM, "", "", SMOLVLM_500M.vocabulary, 2, 512, 16, 16, 50, 6),
-    "real": Preset("gemma_2b", "gemma_300m", "siglip_so400m", 257152, 3, 224, 200, 48, 50, 14),
+    "cpu": Preset("pi05", *_SMALL, 3, 112, 64, 16, 10, 14),
+    "pi0_cpu": Preset("pi0", *_SMALL, 3, 112, 48, 16, 10, 14),
+    "smolvla": Preset("smolvla", "", "", "", SMOLVLM_500M.vocabulary, 2, 512, 16, 16, 50, 6, steps=(1, 10)),
+    "real": Preset("pi05", *_REAL, 3, 224, 200, 48, 50, 14),
+    "pi0_real": Preset("pi0", *_REAL, 3, 224, 48, 16, 50, 14),
 }
-
-
-def is_smolvla(preset: Preset) -> bool:
-    return preset.vlm == SMOLVLM
+REAL = {"pi05": PRESETS["real"], "pi0": PRESETS["pi0_real"], "smolvla": PRESETS["smolvla"]}
+"""By family, as released."""
 
 
 def _features(preset: Preset) -> dict[str, Any]:
     pixels = (preset.resolution, preset.resolution)
-    resized = {"resize_imgs_with_padding": pixels} if is_smolvla(preset) else {"image_resolution": pixels}
+    resized = {"resize_imgs_with_padding": pixels} if preset.family == "smolvla" else {"image_resolution": pixels}
     shape = (3, preset.resolution, preset.resolution)
     cameras = {f"observation.images.{i}": PolicyFeature(FeatureType.VISUAL, shape) for i in range(preset.cameras)}
     return {
@@ -70,24 +68,25 @@ def _features(preset: Preset) -> dict[str, Any]:
 
 def make_ofp(preset: Preset, device: str = "cpu", **changes: Any) -> Any:
     """Our policy with random weights."""
-    if is_smolvla(preset):
-        vlm = str(smolvlm(SMOLVLM_500M))
-        return OFPSmolVLAPolicy(OFPSmolVLAConfig(device=device, vlm_model_name=vlm, **_features(preset), **changes))
-    sizes = {
+    family = FAMILIES[preset.family]
+    return family.policy(family.config(device=device, **_sizes(preset), **_features(preset), **changes))
+
+
+def _sizes(preset: Preset) -> dict[str, Any]:
+    """As our configuration says them."""
+    if preset.family == "smolvla":
+        return {"vlm_model_name": str(smolvlm(SMOLVLM_500M))}
+    return {
         "paligemma_variant": preset.vlm,
         "action_expert_variant": preset.expert,
         "vision_variant": preset.vision,
         "vocabulary_size": preset.vocabulary,
     }
-    return OFPPolicy(OFPConfig(device=device, **sizes, **_features(preset), **changes))
 
 
 def make_stock(preset: Preset, device: str = "cpu", **changes: Any) -> Any:
     """LeRobot's policy with random weights."""
-    if is_smolvla(preset):
-        vlm = str(smolvlm(SMOLVLM_500M))
-        return SmolVLAPolicy(SmolVLAConfig(device=device, vlm_model_name=vlm, **_features(preset), **changes))
-    small = SMALL_GEMMA.get(preset.vlm)
+    family, small = FAMILIES[preset.family], SMALL_GEMMA.get(preset.vlm)
     patched = (
         shrunk(
             {"gemma_2b": small, "gemma_300m": SMALL_GEMMA[preset.expert]},
@@ -98,8 +97,9 @@ def make_stock(preset: Preset, device: str = "cpu", **changes: Any) -> Any:
         if small
         else nullcontext()
     )
+    sizes = _sizes(preset) if preset.family == "smolvla" else {}
     with patched:
-        return PI05Policy(PI05Config(device=device, **_features(preset), **changes))
+        return family.stock_policy(family.stock_config(device=device, **sizes, **_features(preset), **changes))
 
 
 def as_on_a_gpu() -> AbstractContextManager[Any]:

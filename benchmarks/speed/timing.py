@@ -1,7 +1,8 @@
-"""Clocks and differences that the GPU benchmark's parts share."""
+"""Clocks and differences that the benchmarks share."""
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,15 @@ from ofp_lerobot.evaluation.timing import milliseconds
 def difference(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖"""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def milliseconds_here(run: Callable[[], Any], device: torch.device) -> float:
+    """What `run` takes: on a CPU the process's own time, which is the wall's on one thread where nothing else runs."""
+    if device.type != "cpu":
+        return milliseconds(run, device)
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) * 1e3
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, list[float]]:

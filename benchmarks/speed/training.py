@@ -1,12 +1,15 @@
-"""One OFP training step against one stock LeRobot π₀.₅ step: operations counted at real size, time measured here.
+"""One OFP training step against one of stock LeRobot's: operations counted at real size, time measured here.
 
     python -m benchmarks.speed.training --json outputs/training.json
+    python -m benchmarks.speed.training --preset smolvla --batch 2 --repeats 3
 
 FLOPs are counted at real size without weights (fake tensors); both sides get all cameras and the whole padded text,
 so that what cutting the text saves is not in the ratio. Times are of whole steps (forward, backward, AdamW, teacher)
 at `--preset`, ours and stock's by turns in one process with the same weights, after loss and gradients at plain flow
-matching have been found equal. Host reads are the values `forward` asks of the device before
-it returns; ours is the log's, which on a GPU is a step late and waits for nothing.
+matching have been found equal. On a CPU it is the process's own time, on one thread. Host reads are the values
+`forward` asks of the device before it returns; ours is the log's, which on a GPU is a step late and waits for nothing.
+
+`smolvla` is SmolVLA's real size with its VLM frozen, its default. It takes 6 GB and about three minutes of one core.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,16 +30,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.speed.counting import host_reads
-from benchmarks.speed.presets import PRESETS, Preset, as_on_a_gpu, make_batch, make_ofp, make_stock
+from benchmarks.speed.presets import PRESETS, REAL, Preset, as_on_a_gpu, make_batch, make_ofp, make_stock
+from benchmarks.speed.timing import milliseconds_here
 from ofp_lerobot.compat import released_names
 from ofp_lerobot.evaluation.provenance import provenance
-from ofp_lerobot.evaluation.timing import milliseconds
 from ofp_lerobot.objectives import OFPPaperSettings
-from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT
 
 MODES: dict[str, dict[str, Any]] = {"full": {}, "expert_only": {"train_expert_only": True}}
 COUNTED = {**MODES, "full, checkpointing": {"gradient_checkpointing": True}}
+SMOLVLA_MODES: dict[str, dict[str, Any]] = {"expert_only": {}}  # its default; all of it takes 16 GB
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of gradients: bfloat16's own error is 1e-2
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -53,24 +56,34 @@ def weightless() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def countable(preset: Preset) -> Iterator[None]:
+    """As `weightless`; SmolVLA runs with weights, since its image tower picks by values."""
+    with nullcontext() if preset.family == "smolvla" else weightless(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def stock_inputs(preset: Preset, policy: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
+    """What stock's network takes of an observation."""
+    prepare = policy.prepare_images if preset.family == "smolvla" else policy._preprocess_images
+    state = () if preset.family == "pi05" else (policy.prepare_state(batch),)
+    return *prepare(batch), batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], *state
+
+
 def count_stock(preset: Preset, **changes: Any) -> int:
     """FLOPs of forward and backward of stock's training pass, batch 1."""
-    with weightless():
+    with countable(preset):
         policy, batch = make_stock(preset, **changes), make_batch(preset, 1)
         policy.train()
-        images, masks = policy._preprocess_images(batch)
-        actions = policy.prepare_action(batch)
-        tokens = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        inputs, actions = stock_inputs(preset, policy, batch), policy.prepare_action(batch)
         with FlopCounterMode(display=False) as counter:
-            policy.model.forward(
-                images, masks, *tokens, actions, torch.randn_like(actions), torch.rand(1)
-            ).mean().backward()
+            policy.model.forward(*inputs, actions, torch.randn_like(actions), torch.rand(1)).mean().backward()
     return counter.get_total_flops()
 
 
 def count_ours(preset: Preset, **changes: Any) -> int:
     """FLOPs of forward and backward of our whole training step, batch 1, text not cut."""
-    with weightless():
+    with countable(preset):
         policy, batch = make_ofp(preset, monitor_freq=0, **changes), make_batch(preset, 1)
         policy.train()
         batch[TEXT_EXTENT] = batch[TEXT_EXTENT]._replace(longest=preset.text)
@@ -82,7 +95,7 @@ def count_ours(preset: Preset, **changes: Any) -> int:
 
 def count_parts(preset: Preset) -> dict[str, int]:
     """Forward FLOPs of the prefix and of one suffix pass, batch 1."""
-    with weightless(), torch.no_grad():
+    with countable(preset), torch.no_grad():
         policy, batch = make_ofp(preset), make_batch(preset, 1)
         batch[TEXT_EXTENT] = batch[TEXT_EXTENT]._replace(longest=preset.text)
         observation = policy.prepare_observation(batch)
@@ -145,11 +158,11 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def differences(preset: Preset, device: str, **changes: Any) -> dict[str, float]:
+def differences(preset: Preset, device: str, batch_size: int, **changes: Any) -> dict[str, float]:
     """Of loss and gradients at plain flow matching with the same weights, noise and times: ours relative to stock's."""
-    batch = make_batch(preset, 2, device)
+    batch = make_batch(preset, batch_size, device)
     stock = make_stock(preset, device, **changes)
-    ours = make_ofp(preset, device, objective="flow_matching", monitor_freq=0, **_rounding(changes), **changes)
+    ours = _ours(preset, device, {"objective": "flow_matching", **changes})
     ours.load_state_dict(released_names(stock.state_dict()), strict=False)
     drawn: dict[str, torch.Tensor] = {}
     hook = ours.model.register_forward_hook(lambda _module, inputs, _output: drawn.update(x=inputs[1], t=inputs[2]))
@@ -171,10 +184,10 @@ def differences(preset: Preset, device: str, **changes: Any) -> dict[str, float]
 
 
 def _rounding(changes: dict[str, Any]) -> dict[str, Any]:
-    return {"bfloat16_rotary": changes.get("dtype") == "bfloat16"}
+    return {"bfloat16_rotary": changes["dtype"] == "bfloat16"} if "dtype" in changes else {}
 
 
-def _ours(preset: Preset, device: str, changes: dict[str, Any]) -> OFPPolicy:
+def _ours(preset: Preset, device: str, changes: dict[str, Any]) -> Any:
     return make_ofp(preset, device, monitor_freq=0, **_rounding(changes), **changes)
 
 
@@ -192,25 +205,27 @@ def measure(preset: Preset, device: str, batch_size: int, repeats: int, **change
     """Times of ours and stock's by turns, with the same weights; the ratio is the median of the turns' ratios."""
     batch = make_batch(preset, batch_size, device)
 
-    ofp, pi05 = _ours(preset, device, changes), make_stock(preset, device, **changes)
-    ofp.load_state_dict(pi05.state_dict(), strict=False)
-    step_ours, step_stock = make_step(ofp, batch), make_step(pi05, batch)
+    ours, stock = _ours(preset, device, changes), make_stock(preset, device, **changes)
+    ours.load_state_dict(released_names(stock.state_dict()), strict=False)
+    step_ours, step_stock = make_step(ours, batch), make_step(stock, batch)
     step_ours()
     step_stock()
     on = torch.device(device)
     pairs = [
-        (milliseconds(step_ours, on) / 1e3, milliseconds(step_stock, on) / 1e3)
+        (milliseconds_here(step_ours, on) / 1e3, milliseconds_here(step_stock, on) / 1e3)
         for _ in tqdm(range(repeats), desc="pairs")
     ]
     ratios = [a / b for a, b in pairs]
     with as_on_a_gpu():
-        reads = {name: host_reads(lambda p=p: p(dict(batch))) for name, p in (("ours", ofp), ("stock", pi05))}
+        reads = {name: host_reads(lambda p=p: p(dict(batch))) for name, p in (("ours", ours), ("stock", stock))}
     return {
         "ours_s": statistics.median(a for a, _ in pairs),
         "stock_s": statistics.median(b for _, b in pairs),
+        "ours_range_s": [f(a for a, _ in pairs) for f in (min, max)],
+        "stock_range_s": [f(b for _, b in pairs) for f in (min, max)],
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "teacher_bytes": sum(w.numel() * w.element_size() for w in (ofp.teacher_weights or {}).values()),
+        "teacher_bytes": sum(w.numel() * w.element_size() for w in (ours.teacher_weights or {}).values()),
         "host_reads": reads,
     }
 
@@ -227,14 +242,19 @@ def main() -> None:
     if arguments.device == "cpu":
         torch.set_num_threads(1)  # steadier than several on cores that others use too
 
-    # First, because a process that has run autograd cannot be forked.
-    taken = {
-        mode: peaks(PRESETS[arguments.preset], arguments.device, arguments.batch, dtype=arguments.dtype, **c)
-        for mode, c in MODES.items()
-    }
+    preset = PRESETS[arguments.preset]
+    smolvla = preset.family == "smolvla"
+    if smolvla and arguments.dtype != "float32":
+        parser.error("SmolVLA has the dtype of its checkpoint, here float32")
+    typed = {} if smolvla else {"dtype": arguments.dtype}
+    modes, counted = (SMOLVLA_MODES, SMOLVLA_MODES) if smolvla else (MODES, COUNTED)
+
+    # First, because a process that has run autograd cannot be forked. SmolVLA's memory is counted in the recipes.
+    measured = {} if smolvla and arguments.device == "cpu" else modes
+    taken = {mode: peaks(preset, arguments.device, arguments.batch, **typed, **c) for mode, c in measured.items()}
     named = {name: getattr(arguments, name) for name in ("preset", "device", "batch", "repeats", "dtype")}
     result: dict[str, Any] = {**provenance(arguments.device), **named}
-    parts = {name: count_parts(preset) for name, preset in PRESETS.items()}
+    parts = {name: count_parts(each) for name, each in PRESETS.items() if each.family == preset.family}
     result["forward_flops"] = parts
     for name, part in parts.items():
         print(f"{name}: {PRESETS[name]}")
@@ -243,27 +263,26 @@ def main() -> None:
 
     print("\ncounted FLOPs of a training step at real size, ours over stock's (text not cut)")
     result["flop_ratios"] = {}
-    for mode, changes in COUNTED.items():
-        stock = count_stock(PRESETS["real"], **changes)
-        for objective, settings in OBJECTIVES.items():
-            ratio = count_ours(PRESETS["real"], **changes, **settings) / stock
+    for mode, changes in counted.items():
+        stock = count_stock(REAL[preset.family], **changes)
+        for objective, settings in OBJECTIVES.items() if not smolvla else [("default", OBJECTIVES["default"])]:
+            ratio = count_ours(REAL[preset.family], **changes, **settings) / stock
             result["flop_ratios"][f"{mode}, {objective}"] = ratio
             print(f"  {mode:20} {objective:28} {ratio:.3f}")
 
-    preset = PRESETS[arguments.preset]
     print(f"\ntime of a training step, defaults, {arguments.preset} on {arguments.device}, batch {arguments.batch}")
-    checked = {mode: differences(preset, arguments.device, dtype=arguments.dtype, **c) for mode, c in MODES.items()}
+    checked = {mode: differences(preset, arguments.device, arguments.batch, **typed, **c) for mode, c in modes.items()}
     result["differences"] = checked
     for mode, found in checked.items():
         print(f"  {mode:12} flow matching against stock: loss {found['loss']:.1e}, gradients {found['gradients']:.1e}")
         if not max(found.values()) <= TOLERANCE[arguments.dtype]:
             raise SystemExit(f"a difference of more than {TOLERANCE[arguments.dtype]}: nothing measured")
     result["times"] = {
-        mode: measure(preset, arguments.device, arguments.batch, arguments.repeats, dtype=arguments.dtype, **changes)
-        for mode, changes in MODES.items()
+        mode: measure(preset, arguments.device, arguments.batch, arguments.repeats, **typed, **changes)
+        for mode, changes in modes.items()
     }
     for mode, row in result["times"].items():
-        row["peak_bytes"] = taken[mode]
+        row["peak_bytes"] = taken.get(mode, {})
         print(f"  {mode:12} ours {row['ours_s'] * 1e3:8.1f} ms  stock {row['stock_s'] * 1e3:8.1f} ms  "
               f"ratio {row['ratio']:.3f} [{row['ratio_range'][0]:.3f}, {row['ratio_range'][1]:.3f}]  "
               f"host reads {row['host_reads']['ours']} : {row['host_reads']['stock']}"

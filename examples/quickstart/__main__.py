@@ -9,9 +9,14 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--policy", choices=("pi05", "smolvla"), default="pi05", help="the small network's shape")
+    parser.add_argument(
+        "--output", type=Path, help="outputs/quickstart, with another policy outputs/quickstart_<policy>"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: the numbers mean nothing")
     arguments = parser.parse_args()
+    usual = "quickstart" if arguments.policy == "pi05" else f"quickstart_{arguments.policy}"
+    output = arguments.output or Path("outputs") / usual
 
     # Before anything reads it, here and in the processes started from here, which import this module: so imports wait.
     threads = str(max(1, (os.cpu_count() or 2) // 2))
@@ -31,16 +36,17 @@ def main() -> None:
     from .pipeline import Quickstart, Settings
     from .report import table
 
-    settings = Settings()
+    settings = Settings(network=arguments.policy)
     if arguments.smoke:
         settings = Settings(
             replace(settings.recording, episodes=4),
             replace(settings.training, base_steps=4, steps=4, batch_size=4),
             replace(settings.evaluation, episodes=4, max_steps=12, observations=2, draws=4, latency_calls=4),
+            arguments.policy,
         )
     start = time.perf_counter()
-    report = Quickstart(settings, arguments.output).run()
-    print(f"\n{table(report)}\n\nTook {(time.perf_counter() - start) / 60:.1f} minutes. See {arguments.output}.")
+    report = Quickstart(settings, output).run()
+    print(f"\n{table(report)}\n\nTook {(time.perf_counter() - start) / 60:.1f} minutes. See {output}.")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from . import evaluation as ev
 from . import report as reports
 from .demonstrations import Recording, record
 from .evaluation import Evaluation
-from .training import Training, base_flags, branch_flags, checkpoint, lerobot_train
+from .training import NETWORKS, Training, base_flags, branch_flags, checkpoint, lerobot_train
 
 PROCESSES = 2
 OFP, FLOW_MATCHING = "ofp", "flow_matching"
@@ -41,6 +41,7 @@ class Settings:
     recording: Recording = field(default_factory=Recording)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    network: Literal["pi05", "smolvla"] = "pi05"
 
 
 class Job(NamedTuple):
@@ -93,11 +94,10 @@ class Quickstart:
                 bar.set_postfix(frames=frames)
 
     def train_base(self) -> None:
-        from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
-
-        tokenizer = self.output / "tokenizer"
-        size = build_tokenizer(tokenizer, [description(self.settings.recording.task)])
-        self._train("base", base_flags(self.settings.training, tokenizer, size, self.settings.recording.image_size), 0)
+        recording, training, directory = self.settings.recording, self.settings.training, self.output / "tokenizer"
+        prompts = [description(recording.task)]
+        network = NETWORKS[self.settings.network](training, directory, prompts, recording.image_size)
+        self._train("base", base_flags(training, network), 0)
 
     def train_branch(self, objective: str, position: int) -> None:
         base = checkpoint(self._run("base"))

@@ -6,6 +6,7 @@ Flow matching from scratch first; from its checkpoint two branches of equal leng
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PROMPT_LENGTH = 24  # tokens, longer than the prompt
 
 @dataclass(frozen=True)
 class Training:
-    """A small π₀.₅ and how it is trained. Both policies take `base_steps` + `steps` optimizer steps."""
+    """A small π₀.₅ or SmolVLA and how it is trained. Both policies take `base_steps` + `steps` optimizer steps."""
 
     network: str = "gemma_tiny"
     vision: str = "siglip_tiny"
@@ -33,18 +34,54 @@ class Training:
     seed: int = 1
 
 
-def base_flags(training: Training, tokenizer: Path, vocabulary_size: int, image_size: int) -> dict[str, object]:
-    """Flow matching from scratch."""
+def pi05(training: Training, directory: Path, prompts: Sequence[str], image_size: int) -> dict[str, object]:
+    """A small π₀.₅; its tokenizer, of the prompts' words, is written into `directory`."""
+    from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
+
     return {
         "policy.type": "ofp",
-        "policy.objective": "flow_matching",
         "policy.paligemma_variant": training.network,
         "policy.action_expert_variant": training.network,
         "policy.vision_variant": training.vision,
         "policy.image_resolution": f"[{image_size},{image_size}]",
-        "policy.tokenizer_name": tokenizer,
+        "policy.tokenizer_name": directory,
         "policy.tokenizer_max_length": PROMPT_LENGTH,
-        "policy.vocabulary_size": vocabulary_size,
+        "policy.vocabulary_size": build_tokenizer(directory, prompts),
+    }
+
+
+def smolvla(training: Training, directory: Path, prompts: Sequence[str], image_size: int) -> dict[str, object]:
+    """A small SmolVLA, all of which trains; its VLM's sizes and tokenizer are written into `directory`."""
+    from ofp_lerobot.policies.ofp_smolvla.small_vlm import SmolVLMSize, write_smolvlm
+
+    size = SmolVLMSize(
+        width=128, mlp=512, layers=4, heads=8, kv_heads=2, vocabulary=64, vision_width=128, vision_mlp=512,
+        vision_layers=2, vision_heads=4, pixels=image_size, patch=8, scale=2,
+    )  # fmt: skip
+    write_smolvlm(directory, size, re.findall(r"\w+|[^\w\s]+", " ".join(prompts)))
+    return {
+        "policy.type": "ofp_smolvla",
+        "policy.vlm_model_name": directory,
+        "policy.num_vlm_layers": size.layers,
+        "policy.resize_imgs_with_padding": f"[{image_size},{image_size}]",
+        "policy.train_expert_only": "false",
+        "policy.freeze_vision_encoder": "false",
+        "policy.max_state_dim": 4,
+    }
+
+
+NETWORKS: dict[str, Callable[[Training, Path, Sequence[str], int], dict[str, object]]] = {
+    "pi05": pi05,
+    "smolvla": smolvla,
+}
+"""The flags of a network from scratch."""
+
+
+def base_flags(training: Training, network: Mapping[str, object]) -> dict[str, object]:
+    """Flow matching from scratch."""
+    return {
+        **network,
+        "policy.objective": "flow_matching",
         "policy.chunk_size": training.chunk_size,
         "policy.n_action_steps": training.executed,
         "policy.max_action_dim": 4,

@@ -12,10 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from examples.quickstart.demonstrations import REPO_ID
-from examples.quickstart.training import Training, base_flags, branch_flags, checkpoint, lerobot_train
+from examples.quickstart.training import Training, base_flags, branch_flags, checkpoint, lerobot_train, pi05
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
-from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
 from robotwin_eval.cpu.checkout import CONFIG, require
 from robotwin_eval.data.convert import INSTRUCTIONS, convert
 
@@ -118,8 +117,7 @@ def train(job: Job) -> None:
     lines = (job.dataset / "meta" / INSTRUCTIONS).read_text().splitlines()
     texts = [text for line in map(json.loads, lines) for kind in ("seen", "unseen") for text in line[kind]]
     tokenizer = job.output / "train" / "tokenizer"
-    size = build_tokenizer(tokenizer, texts)
-    flags = base_flags(settings, tokenizer, size, job.settings.image_size)
+    flags = base_flags(settings, pi05(settings, tokenizer, texts, job.settings.image_size))
     flags |= {"policy.max_action_dim": 16, "policy.max_state_dim": 16, "policy.tokenizer_max_length": PROMPT_LENGTH}
     _train(job, "base", flags)
     for objective in (OFP, FLOW_MATCHING):

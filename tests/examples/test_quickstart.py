@@ -114,9 +114,27 @@ def test_the_branches_differ_in_their_objective_only(tmp_path):
     settings = Settings().training
     ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
     assert {key for key in ofp if ofp[key] != flow[key]} == {"policy.objective"}
-    base = training.base_flags(settings, tmp_path, 100, 64)
+    base = training.base_flags(settings, training.pi05(settings, tmp_path, ["open"], 64))
     assert base["steps"] == base["policy.scheduler_decay_steps"] == settings.base_steps
     assert ofp["steps"] == ofp["policy.scheduler_decay_steps"] == settings.steps
+
+
+@pytest.mark.parametrize("policy", ["smolvla"])
+def test_it_runs_to_its_end(policy, tmp_path):
+    """At tiny sizes, with the simulator: what it says of the policies means nothing."""
+    pytest.importorskip("metaworld")
+    try:
+        usable_backend()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "examples.quickstart", "--smoke", f"--policy={policy}", f"--output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert made["settings"]["network"] == policy
+    assert [(row["policy"], row["steps"]) for row in made["rows"]] == [(name, how.steps) for name, how in ROWS]
+    trained = json.loads((training.checkpoint(tmp_path / "training/ofp/run") / "config.json").read_text())
+    assert (trained["type"], trained["objective"]) == (f"ofp_{policy}", "ofp")
 
 
 def fake_lerobot_train(directory, code):

@@ -1,3 +1,3 @@
-from tests.serving.conftest import ofp, pi05
+from tests.serving.conftest import ofp, ofp_pi0, ofp_smolvla, pi05
 
-__all__ = ["ofp", "pi05"]
+__all__ = ["ofp", "ofp_pi0", "ofp_smolvla", "pi05"]

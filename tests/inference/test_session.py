@@ -17,8 +17,12 @@ from ofp_lerobot.inference.observations import ObservationError
 from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp.network import OFPNetwork
+from ofp_lerobot.policies.ofp_pi0.network import Pi0Network
+from ofp_lerobot.policies.ofp_smolvla.network import SmolVLANetwork
 from tests import runs, small
+from tests.kinds import POLICIES
 
+NETWORKS = {"ofp": OFPNetwork, "ofp_pi0": Pi0Network, "ofp_smolvla": SmolVLANetwork}
 TOP, WRIST = small.CAMERAS
 STATE = "observation.state"
 EXECUTED = 4  # of small.HORIZON
@@ -60,8 +64,10 @@ def stock(pi05):
         return Runner.load(str(pi05), device="cpu")
 
 
-def test_equals_lerobots_loop(runner, ofp):
-    policy = OFPPolicy.from_pretrained(ofp)
+@pytest.mark.parametrize("kind", POLICIES)
+def test_equals_lerobots_loop(request, kind):
+    checkpoint = request.getfixturevalue(kind)
+    runner, policy = Runner.load(str(checkpoint), device="cpu"), POLICIES[kind].from_pretrained(checkpoint)
     for seed in range(3):
         raw, noise = observation(seed), draw(seed=seed)
         answer = runner.session().infer(raw, noise[0])
@@ -69,7 +75,7 @@ def test_equals_lerobots_loop(runner, ofp):
             answer.plan[:EXECUTED], answer.actions
         )
         assert answer.actions.shape == (EXECUTED, small.ACTIONS) and answer.actions.dtype == np.float32
-        assert np.array_equal(answer.actions, by_hand(policy, ofp, raw, noise))
+        assert np.array_equal(answer.actions, by_hand(policy, checkpoint, raw, noise))
 
 
 def test_several_samples_are_drawn_from_the_sessions_own_noise(ofp):
@@ -234,9 +240,11 @@ def test_reset_with_a_seed_repeats_the_episode(runner):
     assert np.array_equal(*episodes)
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("ofp", 1), ("ofp", 3), ("pi05", 10), ("pi05", 2)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("ofp", 1), ("ofp", 3), ("ofp_pi0", 3), ("ofp_smolvla", 3), ("pi05", 10), ("pi05", 2)]
+)
 def test_evaluations_are_those_of_the_network(request, monkeypatch, kind, steps):
-    module, name = (OFPNetwork, "forward") if kind == "ofp" else (PI05Pytorch, "denoise_step")
+    module, name = (NETWORKS[kind], "forward") if kind in NETWORKS else (PI05Pytorch, "denoise_step")
     calls, original = [], getattr(module, name)
     monkeypatch.setattr(module, name, lambda self, *a, **k: (calls.append(1), original(self, *a, **k))[1])
     with small.shrunk_stock():
@@ -254,11 +262,11 @@ def colours(first=(200, 100, 50), second=(10, 20, 30)):
     return {TOP: np.full((small.SIZE, small.SIZE, 3), first, np.uint8), WRIST: np.full((40, 24, 3), second, np.uint8)}
 
 
-@pytest.mark.parametrize("kind", ["ofp", "pi05"])
+@pytest.mark.parametrize("kind", [*POLICIES, "pi05"])
 def test_cameras_and_colours_reach_the_network(request, monkeypatch, kind):
     seen = []
-    if kind == "ofp":
-        monkeypatch.setattr(OFPNetwork, "encode", lambda self, images, *_: seen.extend(images[0]) or 1 / 0)
+    if kind in POLICIES:
+        monkeypatch.setattr(NETWORKS[kind], "encode", lambda self, images, *_: seen.extend(images[0]) or 1 / 0)
     else:
         sample = lambda self, images, *_, **__: seen.extend(image[0] for image in images) or 1 / 0  # noqa: E731
         monkeypatch.setattr(PI05Pytorch, "sample_actions", sample)
@@ -276,13 +284,13 @@ def test_cameras_and_colours_reach_the_network(request, monkeypatch, kind):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["ofp", "pi05"])
+@pytest.mark.parametrize("kind", [*POLICIES, "pi05"])
 def test_a_camera_the_robot_has_not_is_masked(request, kind):
     """As LeRobot's own policies do with a batch that lacks it."""
     checkpoint = request.getfixturevalue(kind)
     with small.shrunk_stock():
         runner = Runner.load(str(checkpoint), device="cpu", absent_cameras=[WRIST])
-        policy = (OFPPolicy if kind == "ofp" else PI05Policy).from_pretrained(checkpoint).eval()
+        policy = {**POLICIES, "pi05": PI05Policy}[kind].from_pretrained(checkpoint).eval()
     raw, noise = observation(), draw()
     raw.pop(WRIST)
     pre, post = make_pre_post_processors(policy.config, str(checkpoint))
@@ -373,7 +381,7 @@ def chunks(runner):
     return [session.infer(observation(i)).actions for i in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["ofp", "pi05"])
+@pytest.mark.parametrize("kind", [*POLICIES, "pi05"])
 def test_partial_weights_are_refused(request, tmp_path, kind):
     from safetensors.torch import load_file, save_file
 

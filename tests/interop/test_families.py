@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ofp_lerobot.checkpoints.families import OURS
 from ofp_lerobot.checkpoints.reader import load_config, read_policy
@@ -59,6 +59,39 @@ def test_a_start_is_the_stock_policy(name, stock, tmp_path):
     assert {key.split(".")[1] for key in after.keys() - before.keys()} == {"target_time_mlp_in", "target_time_mlp_out"}
     steps = json.loads((tmp_path / "start/policy_preprocessor.json").read_text())["steps"]
     assert "ofp_text_extent" in [step.get("registry_name") for step in steps]
+
+
+def test_pi0s_time_layers_under_the_names_of_pi05s(dataset, tokenizer, tmp_path):
+    """LeRobot reads them in files without its `model.`, so ours does wherever it reads a π₀."""
+    small.require_stock()
+    family, source = OURS["ofp_pi0"], runs.stock_checkpoint("ofp_pi0", tmp_path / "stock", dataset, tokenizer)
+    expected, batch, noise = answer(family.stock_policy.from_pretrained(source).eval())
+    path = source / "model.safetensors"
+    state = {
+        name.removeprefix("model.").replace("action_time_mlp", "time_mlp"): w for name, w in load_file(path).items()
+    }
+    assert {"time_mlp_in.weight", "time_mlp_out.bias"} < state.keys()
+    save_file(state, path)
+    assert convert(["from-pi0", str(source), f"--output={tmp_path / 'start'}"]) == 0
+    sizes = {"paligemma_variant": "gemma_tiny", "action_expert_variant": "gemma_tiny", "vision_variant": "siglip_tiny"}
+    euler = {"sampler": "euler", "num_inference_steps": 10}
+    for policy in (
+        family.stock_policy.from_pretrained(source),
+        family.policy.from_pretrained(source, config=KINDS["ofp_pi0"].config(**sizes, **euler)),
+        family.policy.from_pretrained(
+            tmp_path / "start",
+            config=PreTrainedConfig.from_pretrained(
+                tmp_path / "start", cli_overrides=[f"--{key}={value}" for key, value in euler.items()]
+            ),
+        ),
+        read_policy(source, load_config(source, "cpu")[0]),
+    ):
+        actions = policy.eval().predict_action_chunk(dict(batch), noise=noise)
+        torch.testing.assert_close(actions, expected, atol=1e-5, rtol=1e-5)
+    save_file({f"model.{name}": w for name, w in state.items()}, path)  # there LeRobot does not, and goes on without
+    names = r"4 missing: model\.action_time_mlp_in\.bias.*4 unexpected: model\.time_mlp_in"
+    with pytest.raises(ValueError, match=names):
+        family.policy.from_pretrained(source, config=KINDS["ofp_pi0"].config(**sizes))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -10,37 +10,43 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
+from ofp_lerobot import compat
 from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
-from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.vla.model_card import describe
 from tests import runs, small
+from tests.kinds import KINDS, POLICIES
 from tests.lerobot import hub_server
 
-BASE, REPO, TOKEN = "lerobot/pi05_tiny", "me/one-step", "hf_dummy"
+REPO, TOKEN = "me/one-step", "hf_dummy"
 WEIGHTS = "model.safetensors"
 PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
-BRANCH_BYTES = 2 * (128 * 128 + 128) * 4  # two float32 linear layers at the small expert's width
+WIDTHS = {"ofp": 128, "ofp_pi0": 128, "ofp_smolvla": 48}  # of the small experts
 
 
 class Push(NamedTuple):
+    kind: str
+    base: str
     hub: hub_server.Hub
     commit: hub_server.Commit  # what REPO holds after the run
     checkpoint: Path  # what the run left on the disk
 
 
-@pytest.fixture(scope="module")
-def push(dataset, tokenizer, tmp_path_factory):
-    """The Hub after a run of two steps from BASE has pushed to the private REPO."""
-    base = runs.pi05_checkpoint(tmp_path_factory.mktemp("base"), dataset, tokenizer)
+@pytest.fixture(scope="module", params=KINDS)
+def push(request, dataset, tokenizer, tmp_path_factory):
+    """The Hub after a run of two steps from a stock policy on it has pushed to the private REPO."""
+    kind, started = request.param, f"lerobot/{POLICIES[request.param].stock}_tiny"
+    base = runs.stock_checkpoint(kind, tmp_path_factory.mktemp("base") / "stock", dataset, tokenizer)
     output = tmp_path_factory.mktemp("push") / "out"
     with hub_server.running() as hub:
         hub.readers = {TOKEN}
-        hub.commit(BASE, {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()})
+        hub.commit(
+            started, {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+        )
         flags = [
             *runs.train_flags(dataset, output, steps=2, save_freq=2),
-            *runs.policy_flags(pretrained_path=BASE, push_to_hub="true", repo_id=REPO, private="true"),
+            *runs.vla_flags(kind, pretrained_path=started, push_to_hub="true", repo_id=REPO, private="true"),
         ]
         done = subprocess.run(
             [sys.executable, "-m", "tests.lerobot.hub_server", *flags],
@@ -51,7 +57,7 @@ def push(dataset, tokenizer, tmp_path_factory):
             timeout=300,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        yield Push(hub, hub.repos[REPO][-1], runs.checkpoint(output, 2))
+        yield Push(kind, started, hub, hub.repos[REPO][-1], runs.checkpoint(output, 2))
 
 
 def test_weights_settings_processors_and_card_are_pushed_and_nothing_else(push):
@@ -62,15 +68,17 @@ def test_weights_settings_processors_and_card_are_pushed_and_nothing_else(push):
     }  # since LeRobot 0.7
     assert rest - {".gitattributes"} == {"config.json", WEIGHTS, "train_config.json", "README.md"}
     assert WEIGHTS in push.commit.lfs and "config.json" not in push.commit.lfs
-    assert json.loads(push.commit.files["config.json"])["type"] == "ofp"
+    assert json.loads(push.commit.files["config.json"])["type"] == push.kind
 
 
-def test_pushed_weights_are_a_pi05_and_the_branch(push):
-    base = push.hub.repos[BASE][-1].files[WEIGHTS]
-    ours, theirs = load(push.commit.files[WEIGHTS]), load(base)
+def test_pushed_weights_are_the_stock_policy_and_the_branch(push):
+    ours = load(push.commit.files[WEIGHTS])
+    theirs = compat.released_names(load(push.hub.repos[push.base][-1].files[WEIGHTS]))
     assert {name.split(".")[1] for name in ours.keys() - theirs.keys()} == {"target_time_mlp_in", "target_time_mlp_out"}
     assert theirs.keys() < ours.keys()
-    assert 0 <= len(push.commit.files[WEIGHTS]) - len(base) - BRANCH_BYTES < 1024  # the header names four more tensors
+    branch = 2 * (WIDTHS[push.kind] ** 2 + WIDTHS[push.kind]) * 4  # two float32 linear layers
+    more = len(push.commit.files[WEIGHTS]) - len(save(theirs))
+    assert 0 <= more - branch < 1024  # the header names four more tensors
 
 
 def test_pushed_weights_and_processors_are_the_runs(push):
@@ -80,7 +88,7 @@ def test_pushed_weights_and_processors_are_the_runs(push):
     for name in push.commit.files:
         if name.startswith(PROCESSORS):
             assert push.commit.files[name] == (push.checkpoint / name).read_bytes(), name
-    start = load(push.hub.repos[BASE][-1].files[WEIGHTS])
+    start = load(push.hub.repos[push.base][-1].files[WEIGHTS])
     assert not torch.equal(ours["model.action_out_proj.weight"], start["model.action_out_proj.weight"])
 
 
@@ -88,13 +96,13 @@ def test_model_card_says_where_the_policy_came_from_and_how_to_run_it(push):
     from huggingface_hub import ModelCard
 
     card = ModelCard(push.commit.files["README.md"].decode())
-    assert card.data.base_model == BASE
+    assert card.data.base_model == push.base
     assert card.data.datasets == runs.REPO
-    assert card.data.library_name == "lerobot" and "ofp" in card.data.tags
+    assert card.data.library_name == "lerobot" and push.kind in card.data.tags
     text = " ".join(card.text.replace("\\\n", " ").split())
     for fact in (
         "| Evaluations per chunk | 1 ",
-        f"https://huggingface.co/{BASE}",
+        f"https://huggingface.co/{push.base}",
         f"| lerobot | {version('lerobot')} |",
         f"| lerobot_policy_ofp | {version('lerobot_policy_ofp')} |",
         "pip install lerobot_policy_ofp",
@@ -118,10 +126,11 @@ def test_model_card_says_how_the_checkpoint_answers():
 
 
 def test_download_honours_revision_token_and_cache_dir(push, tmp_path):
+    policy_class = POLICIES[push.kind]
     newer = push.hub.commit(REPO, {WEIGHTS: b"not a checkpoint"})
     del push.hub.requests[:]
     with hub_server.connected(push.hub):
-        policy = OFPPolicy.from_pretrained(REPO, revision=push.commit.sha, token=TOKEN, cache_dir=tmp_path)
+        policy = policy_class.from_pretrained(REPO, revision=push.commit.sha, token=TOKEN, cache_dir=tmp_path)
     seen = {request.path for request in push.hub.requests}
     assert {f"/{REPO}/resolve/{push.commit.sha}/{name}" for name in ("config.json", WEIGHTS)} <= seen
     assert all(f"/resolve/{push.commit.sha}/" in path for path in seen)
@@ -130,12 +139,12 @@ def test_download_honours_revision_token_and_cache_dir(push, tmp_path):
     assert [path.name for path in snapshots.iterdir()] == [push.commit.sha]
     assert policy.config.base_model == REPO
 
-    local = OFPPolicy.from_pretrained(push.checkpoint)
+    local = policy_class.from_pretrained(push.checkpoint)
     batch, noise = small.batch(2), torch.randn(2, small.HORIZON, 8)
     assert torch.equal(policy.predict_action_chunk(batch, noise=noise), local.predict_action_chunk(batch, noise=noise))
 
     with hub_server.connected(push.hub), pytest.raises(ValueError, match="damaged or incomplete"):
-        OFPPolicy.from_pretrained(REPO, token=TOKEN, cache_dir=tmp_path)
+        policy_class.from_pretrained(REPO, token=TOKEN, cache_dir=tmp_path)
     assert f"/{REPO}/resolve/main/{WEIGHTS}" in {request.path for request in push.hub.requests}
     assert (snapshots / newer.sha / WEIGHTS).exists()
 
@@ -147,4 +156,4 @@ def test_download_honours_revision_token_and_cache_dir(push, tmp_path):
 )
 def test_what_the_hub_will_not_give_is_one_clear_error(wanted, message, push, tmp_path):
     with hub_server.connected(push.hub), pytest.raises(FileNotFoundError, match=message):
-        OFPPolicy.from_pretrained(REPO, **{"token": TOKEN, "cache_dir": tmp_path, **wanted})
+        POLICIES[push.kind].from_pretrained(REPO, **{"token": TOKEN, "cache_dir": tmp_path, **wanted})

@@ -174,9 +174,9 @@ def test_rollouts_wrapper_around_predict_action_chunk():
 def compiled_and_plain():
     """Answers of a compiled policy and of an uncompiled one with its weights."""
 
-    def answers():
-        policy = small.ofp_policy(branch=0.5)
-        compiled = small.ofp_policy(compile_model=True, compile_mode="default")
+    def answers(name="ofp"):
+        policy = KINDS[name].policy(branch=0.5)
+        compiled = KINDS[name].policy(compile_model=True, compile_mode="default")
         compiled.load_state_dict(policy.state_dict())
         batch, noise = small.batch(2), draw(2)
         return compiled.predict_action_chunk(batch, noise=noise), policy.predict_action_chunk(batch, noise=noise)
@@ -185,7 +185,8 @@ def compiled_and_plain():
     torch.set_float32_matmul_precision("highest")
 
 
-def test_compiled_model_is_two_whole_graphs_and_acts_the_same(compiled_and_plain, monkeypatch):
+@pytest.mark.parametrize("name", KINDS)
+def test_compiled_model_is_two_whole_graphs_and_acts_the_same(name, compiled_and_plain, monkeypatch):
     modes, compile_ = [], torch.compile
 
     def capture(function, *, mode):
@@ -193,7 +194,7 @@ def test_compiled_model_is_two_whole_graphs_and_acts_the_same(compiled_and_plain
         return compile_(function, backend="eager", fullgraph=True)  # all but the generated code
 
     monkeypatch.setattr(torch, "compile", capture)
-    compiled, plain = compiled_and_plain()
+    compiled, plain = compiled_and_plain(name)
     assert modes == ["default", "default"]  # encode and velocity
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 

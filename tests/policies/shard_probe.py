@@ -8,22 +8,22 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ofp_lerobot.flow_map.ema import whole
-from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
+from tests.kinds import KINDS
 
 STEPS = 3
 
 
-def train(*, sharded: bool, bfloat16: bool = False, **settings):
+def train(name: str = "ofp", *, sharded: bool, bfloat16: bool = False, **settings):
     torch.manual_seed(0)
-    policy = small.ofp_policy(branch=0.5, **settings)
+    policy = KINDS[name].policy(branch=0.5, **settings)
     module = policy
     if sharded:
         kind = torch.bfloat16 if bfloat16 else None
         # As accelerate makes it of --accelerator.mixed_precision=bf16.
         precision = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=kind, output_dtype=kind)
         for unit in policy.modules():
-            if type(unit).__name__ in OFPPolicy._fsdp_wrap_modules:
+            if type(unit).__name__ in policy._fsdp_wrap_modules:
                 fully_shard(unit, mp_policy=precision)
         fully_shard(policy, mp_policy=precision)
     else:
@@ -46,8 +46,8 @@ def train(*, sharded: bool, bfloat16: bool = False, **settings):
     }
 
 
-def refusal() -> str:
-    policy = small.ofp_policy(dtype="bfloat16")
+def refusal(name: str, **settings) -> str:
+    policy = KINDS[name].policy(**settings)
     fully_shard(policy)
     try:
         policy.train()
@@ -64,7 +64,10 @@ def main() -> None:
         "fsdp2": train(sharded=True),
         "checkpointed": train(sharded=True, gradient_checkpointing=True),
         "bfloat16": train(sharded=True, bfloat16=True),
-        "refusal": refusal(),
+        "refusal": refusal("ofp", dtype="bfloat16"),
+        "pi0, ddp": train("ofp_pi0", sharded=False),
+        "pi0, fsdp2": train("ofp_pi0", sharded=True),
+        "smolvla, refusal": refusal("ofp_smolvla"),
     }
     torch.save(found, f"{sys.argv[1]}/rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

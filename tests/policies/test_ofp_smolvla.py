@@ -100,6 +100,45 @@ def test_the_states_token_is_encoded_alone_where_the_vlm_is_frozen():
     assert ours.model.state_proj.weight.grad.abs().max() > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [None, torch.tensor([True, False, True, True])])
+def test_a_projected_prefix_gives_the_same_velocities(keep):
+    ours = KIND.policy(branch=0.1)
+    prefix = ours.model.encode(*ours.prepare_observation(small.batch(2)))
+    x, t = torch.randn(4, small.HORIZON, 8), torch.rand(4)
+    expected = ours.model(prefix, x, t, t / 2, keep)
+    projected = ours.model.project(prefix)
+    assert torch.equal(ours.model(projected, x, t, t / 2, keep), expected)
+    assert torch.equal(ours.model(projected.head(1), x, t, t / 2, keep), ours.model(prefix.head(1), x, t, t / 2, keep))
+
+
+def test_an_answer_projects_the_prefix_once_and_training_for_each_network():
+    ours = KIND.policy(branch=0.1, objective="ofp", sharpening_noise=0.0, monitor_freq=0)
+    rows = []
+    layer = ours.model.expert.layers[1]  # every second one attends to the prefix alone
+    layer.self_attn.k_proj.register_forward_hook(lambda _m, _i, out: rows.append(out.detach()))
+    batch, noise = small.batch(2), torch.randn(2, small.HORIZON, 8)
+    ours.config.num_inference_steps, ours.config.sampler = 10, "euler"
+    actions = ours.predict_action_chunk(batch, noise=noise)
+    assert len(rows) == 1
+    prefix = ours.model.encode(*ours.prepare_observation(batch))
+    x = noise
+    with torch.no_grad():
+        for step in range(10):
+            t = torch.full((2,), 1 - step / 10)
+            x = x - ours.model(prefix, x, t, t) / 10
+    assert len(rows) == 11
+    torch.testing.assert_close(actions, x[..., : small.ACTIONS], atol=1e-6, rtol=1e-6)
+
+    ours.train()
+    ours(batch)[0].backward()
+    ours.teacher_weights = {name: w + 0.1 for name, w in ours.teacher_weights.items()}
+    rows.clear()
+    ours(batch)
+    *teacher, student = rows  # two calls of the one, then one of the other
+    assert len(teacher) == 2 and torch.equal(*teacher) and not torch.allclose(teacher[0], student)
+
+
 def test_prompts_are_padded_to_the_longest_and_none_of_them_is_taken_for_a_cut_one():
     ours = KIND.policy()
     batch = {**small.batch(1), "task": ["open " * 20]}

@@ -7,7 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
+from lerobot.processor import NewLineTaskProcessorStep
 
+from ofp_lerobot.policies.ofp.processor_steps import PromptWithoutStateStep
 from ofp_lerobot.policies.vla.prompt import PromptTokenizer, check_tasks, checkpoint_tokenizer, require_whole, tasks_of
 from tests import small
 
@@ -64,8 +67,27 @@ def test_instructions_of_a_dataset(tokenizer, caplog):
         check_tasks(["open", "open the window"], 5, PromptTokenizer(str(tokenizer), 20))
     with pytest.raises(ValueError, match="needs 75 tokens, more than the 64"):  # a state that the prompt cannot hold
         check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 64))
-    check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 64, with_state=False))
+    check_tasks(["open the window"], 32, PromptTokenizer(str(tokenizer), 64, "without state"))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("form", "step"),
+    [
+        ("as given", Pi0NewLineProcessor()),
+        ("as given", NewLineTaskProcessorStep()),
+        ("without state", PromptWithoutStateStep()),
+    ],
+)
+@pytest.mark.parametrize("task", ["open_the_window", "  open\nthe window\n"])
+def test_tokens_are_counted_of_what_the_processors_make(form, step, task, tokenizer, words):
+    (prompt,) = step.complementary_data({"task": [task]})["task"]
+    (needed,) = map(len, words([prompt])["input_ids"])
+    check_tasks([task], 32, PromptTokenizer(str(tokenizer), needed, form))
+    with pytest.raises(ValueError, match=f"needs {needed} tokens, more than the {needed - 1} .* so its end would"):
+        check_tasks([task], 32, PromptTokenizer(str(tokenizer), needed - 1, form))
+    if "_" in task:
+        assert needed == (5 if form == "as given" else 3)
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
@@ -102,10 +124,13 @@ def test_a_checkpoints_tokenizer(tmp_path):
     state = {"registry_name": "pi05_prepare_state_tokenizer_processor_step"}
     tokens = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "tokens", "max_length": 64}}
     path.write_text(json.dumps({"steps": [state, tokens]}))
-    assert checkpoint_tokenizer(path) == PromptTokenizer("tokens", 64, True)
-    path.write_text(json.dumps({"steps": [tokens]}))
+    assert checkpoint_tokenizer(path) == PromptTokenizer("tokens", 64, "with state")
+    for newline in ("pi0_new_line_processor", "smolvla_new_line_processor"):
+        path.write_text(json.dumps({"steps": [{"registry_name": newline}, tokens]}))
+        assert checkpoint_tokenizer(path) == PromptTokenizer("tokens", 64, "as given")
+    path.write_text(json.dumps({"steps": [{"class": "PromptWithoutStateStep"}, tokens]}))
     (tmp_path / "tokens").mkdir()
-    assert checkpoint_tokenizer(path) == PromptTokenizer(str(tmp_path / "tokens"), 64, False)
+    assert checkpoint_tokenizer(path) == PromptTokenizer(str(tmp_path / "tokens"), 64, "without state")
 
 
 def test_the_policy_asks_wherever_it_acts(tokenizer):

@@ -28,13 +28,13 @@ def ranks(tmp_path_factory):
     return [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "checkpointed"])
-def test_losses_weights_and_teacher_are_ddps(ranks, how):
+@pytest.mark.parametrize(("how", "ddp"), [("fsdp2", "ddp"), ("checkpointed", "ddp"), ("pi0, fsdp2", "pi0, ddp")])
+def test_losses_weights_and_teacher_are_ddps(ranks, how, ddp):
     for rank in ranks:
-        assert rank[how]["losses"] == pytest.approx(rank["ddp"]["losses"], rel=1e-5)
+        assert rank[how]["losses"] == pytest.approx(rank[ddp]["losses"], rel=1e-5)
         for kind in ("weights", "teacher"):
-            assert rank[how][kind].keys() == rank["ddp"][kind].keys()
-            for name, expected in rank["ddp"][kind].items():
+            assert rank[how][kind].keys() == rank[ddp][kind].keys()
+            for name, expected in rank[ddp][kind].items():
                 torch.testing.assert_close(rank[how][kind][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -65,6 +65,7 @@ def test_bfloat16_computes_near_it_from_the_same_teacher(ranks):
             torch.testing.assert_close(weight, ddp[kind][name], rtol=0, atol=6e-3, msg=name)
 
 
-def test_two_dtypes_are_refused_by_name(ranks):
+def test_what_is_refused_by_name(ranks):
     for rank in ranks:
-        assert "--accelerator.mixed_precision=bf16" in rank["refusal"]
+        assert "--accelerator.mixed_precision=bf16" in rank["refusal"]  # two dtypes
+        assert "'ofp_smolvla' does not shard (FSDP2)" in rank["smolvla, refusal"]

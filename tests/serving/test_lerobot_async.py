@@ -13,8 +13,8 @@ import pytest
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 
-from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.serving.lerobot_async import allow_plugin
+from tests.kinds import POLICIES
 from tests.serving.tinyrobot import JOINTS, TinyRobotConfig
 
 pytest.importorskip("grpc")
@@ -45,7 +45,7 @@ def server(somewhere):
     command = [sys.executable, "-c", LAUNCH, "--host=127.0.0.1", f"--port={port}", "--inference_latency=0"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
@@ -83,14 +83,16 @@ def test_lerobots_server_refuses_the_type_until_it_is_allowed(somewhere):
         constants.SUPPORTED_POLICIES[:] = kept
 
 
-def test_lerobots_client_drives_the_policy(server, ofp, somewhere):
+@pytest.mark.parametrize("kind", POLICIES)
+def test_lerobots_client_drives_the_policy(server, kind, request, somewhere):
     from lerobot.async_inference.configs import RobotClientConfig
     from lerobot.async_inference.robot_client import RobotClient
 
+    checkpoint = request.getfixturevalue(kind)
     client = RobotClient(
         RobotClientConfig(
-            policy_type="ofp",
-            pretrained_name_or_path=str(ofp),
+            policy_type=kind,
+            pretrained_name_or_path=str(checkpoint),
             robot=TinyRobotConfig(id="tiny", calibration_dir=somewhere),
             actions_per_chunk=EXECUTED,
             task="open the window",
@@ -114,7 +116,7 @@ def test_lerobots_client_drives_the_policy(server, ofp, somewhere):
         client.stop()
         receiver.join(10)
     # The second chunk starts at the last executed step, whose action the client drops.
-    expected = first_chunks(ofp, client.robot.get_observation())
+    expected = first_chunks(kind, checkpoint, client.robot.get_observation())
     sent = np.array(client.robot.sent, np.float32)
     assert np.array_equal(sent, np.concatenate([expected[0], expected[1][1:]]))
 
@@ -146,10 +148,10 @@ def test_the_server_looks_at_the_first_state(server, ofp, somewhere):
     assert log.count("is far from what the policy was trained on: [1] is 90") == 1
 
 
-def first_chunks(checkpoint, raw):
+def first_chunks(kind, checkpoint, raw):
     """What a server that was seeded alike answers first, by the policy's own code."""
     torch.manual_seed(SEED)
-    policy = OFPPolicy.from_pretrained(checkpoint)
+    policy = POLICIES[kind].from_pretrained(checkpoint)
     pre, post = make_pre_post_processors(policy.config, str(checkpoint))
     batch = {
         f"observation.images.{key}": torch.from_numpy(raw[key]).permute(2, 0, 1)[None].float() / 255

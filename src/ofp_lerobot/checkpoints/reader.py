@@ -145,7 +145,8 @@ def _load_unet(source: str | Path, config: OFPUnetConfig) -> OFPUnetPolicy:
 
 def _load_stock(source: str | Path, config: Any) -> PreTrainedPolicy:
     """LeRobot's own code with our strict loading: its `from_pretrained` may go on with random weights on an error."""
-    family, state = FAMILIES[config.type], weights.load_state_dict(source)
+    family = FAMILIES[config.type]
+    state = weights.load_state_dict(source, old_names=family.policy.old_names)
     if hasattr(config, "load_vlm_weights"):
         config.load_vlm_weights = False  # the checkpoint's replace them
     with no_init_weights():

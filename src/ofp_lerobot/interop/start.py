@@ -54,7 +54,7 @@ def convert_from_stock(
     if config.use_peft:
         raise UserError(f"{source} is a LoRA adapter of a {kind!r} policy: merge it into its base first")
     try:
-        state = weights.load_state_dict(source)
+        state = weights.load_state_dict(source, old_names=family.policy.old_names)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(error) from error
     network = {name.removeprefix(weights.PREFIX): weight for name, weight in state.items()}

@@ -108,7 +108,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         if not (mode and self.training):
             self._calls = 0
         if mode and self._seed is None and isinstance(next(self.parameters()), DTensor):
-            self._require_one_dtype()
+            self._require_shards()
             self._begin_training()  # inside `forward` the weights would be rounded to what it computes in
         return super().train(mode)
 
@@ -173,8 +173,13 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._step += 1
         self._calls = 0
 
-    def _require_one_dtype(self) -> None:
-        """Raises ValueError where FSDP2 cannot reduce the gradients together."""
+    def _require_shards(self) -> None:
+        """Raises ValueError where FSDP2 has no modules to shard by, or cannot reduce the gradients together."""
+        if not getattr(self, "_fsdp_wrap_modules", None):
+            raise ValueError(
+                f"policy {self.name!r} does not shard (FSDP2), its weights fit one GPU: train with DDP, which is "
+                "--parallelism.dp_replicate in LeRobot 0.7, and without --parallelism.dp_shard"
+            )
         kinds = {str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.requires_grad}
         if len(kinds) > 1:
             raise ValueError(

@@ -1,5 +1,7 @@
 """The `ofp_pi0` policy for LeRobot: one-step π₀."""
 
+from types import MappingProxyType
+
 from torch import Tensor
 
 from ...compat import extend_model_cards
@@ -18,6 +20,7 @@ class OFPPi0Policy(PaliGemmaPolicy):
     config_class = OFPPi0Config
     name = "ofp_pi0"
     stock = "pi0"
+    old_names = MappingProxyType({f"time_mlp_{part}.": f"action_time_mlp_{part}." for part in ("in", "out")})
     small_layers = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
 
     @staticmethod
@@ -27,7 +30,7 @@ class OFPPi0Policy(PaliGemmaPolicy):
     @staticmethod
     def _default_tokenizer(config: OFPPi0Config) -> PromptTokenizer:
         name, length = config.tokenizer_name, config.tokenizer_max_length
-        return PromptTokenizer(name or PALIGEMMA_TOKENIZER, length or TOKENIZER_MAX_LENGTH, False)
+        return PromptTokenizer(name or PALIGEMMA_TOKENIZER, length or TOKENIZER_MAX_LENGTH, "as given")
 
     def _prepare(self, observation: Observation) -> tuple[Tensor, ...]:
         return *super()._prepare(observation), self._prepare_state(observation)

@@ -8,6 +8,7 @@ from lerobot.policies.common.vla_utils import resize_with_pad
 from torch import Tensor
 
 from ...compat import extend_model_cards
+from ..vla.attention import Prefix
 from ..vla.images import as_float
 from ..vla.model_card import describe
 from ..vla.policy import Observation, VLAPolicy
@@ -58,7 +59,7 @@ class OFPSmolVLAPolicy(VLAPolicy):
     def _default_tokenizer(config: OFPSmolVLAConfig) -> PromptTokenizer:
         padded = config.pad_language_to == "max_length"
         length = config.tokenizer_max_length or SMOLVLM_MAX_LENGTH
-        return PromptTokenizer(config.vlm_model_name, length, with_state=False, padded=padded)
+        return PromptTokenizer(config.vlm_model_name, length, "as given", padded)
 
     def _prepare(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         device, b = self.model.action_in_proj.weight.device, len(observation.tokens)
@@ -69,6 +70,9 @@ class OFPSmolVLAPolicy(VLAPolicy):
         masks = [observation.image_masks.get(key, there).to(device) for key in observation.images]
         text = self._prepare_text(observation)
         return images, torch.stack(masks, dim=1), *text, self._prepare_state(observation)
+
+    def _for_all_steps(self, prefix: Prefix) -> Prefix:
+        return self.model.project(prefix)
 
 
 def prepare_images(images: Sequence[Tensor], size: tuple[int, int] | None) -> Tensor:

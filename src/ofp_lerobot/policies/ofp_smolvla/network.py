@@ -3,7 +3,8 @@
 The prefix never attends to the actions, so its keys and values serve every pass. Modules, parameter names and
 arithmetic are those of LeRobot's `VLAFlowMatching`, plus the target-time branch. Every second layer of the expert
 attends to prefix and actions jointly; the others attend to the prefix alone, whose keys and values they project once
-more. These projections are the expert's, the student's and the teacher's differ, so they belong to the velocity pass.
+more. These projections are the expert's, the student's and the teacher's differ, so they belong to the velocity pass;
+`project` makes them once for all passes of the same weights.
 Shapes: b observations, n samples, k = n/b, l prefix tokens, s action steps, d head dimension.
 Times: t = 1 noise, t = 0 action.
 """
@@ -173,6 +174,17 @@ class SmolVLANetwork(nn.Module):
                 hidden = _rest_of_layer(layer, hidden, attended.transpose(1, 2).flatten(2))
         return tuple(keys), tuple(values)
 
+    def project(self, prefix: Prefix) -> Prefix:
+        """A prefix with the keys and values that `forward` attends to, for several passes with the same weights."""
+        if prefix.projected:
+            return prefix
+        keys, values = list(prefix.keys), list(prefix.values)
+        for i, layer in enumerate(self.expert.layers):
+            if not self._attends_jointly(i):
+                _, to_k, to_v = _projections(layer)
+                keys[i], values[i] = self._reprojected(to_k, keys[i]), self._reprojected(to_v, values[i])
+        return prefix._replace(keys=tuple(keys), values=tuple(values), projected=True)
+
     def forward(
         self,
         prefix: Prefix,
@@ -187,6 +199,7 @@ class SmolVLANetwork(nn.Module):
         the prefix alone.
         """
         n, s = x_t.shape[:2]
+        prefix = self.project(prefix)
         visible, b = prefix.visible(n, keep), len(prefix.mask)
         step = torch.arange(s, device=x_t.device)
         joint = Rotary.of(visible.sum(dim=1, keepdim=True) + step, self._head_dim)
@@ -203,9 +216,7 @@ class SmolVLANetwork(nn.Module):
                 values = torch.cat([values.to(q.dtype), pack(heads(to_v(normed), self._head_dim), b)], dim=2)
                 mask = both
             else:
-                q, mask = alone.turn(q), prefix_only
-                keys, values = self._reprojected(to_k, keys), self._reprojected(to_v, values)
-                q = q.to(keys.dtype)
+                q, mask = alone.turn(q).to(keys.dtype), prefix_only
             attended = attend(pack(q, b), keys, values, mask, self._head_dim**-0.5, self.attention)
             attended = unpack(attended, n // b)
             if keep is not None and mask is prefix_only:

@@ -19,13 +19,14 @@ class Prefix(NamedTuple):
     """What the action side reads of b observations.
 
     Per layer keys and values (b, kv heads, l, d); mask (b, l) bool, False at padding; state (b, max_state_dim) where
-    the action side has a token of it.
+    the action side has a token of it; projected: whether the action side has projected what it projects of them.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Tensor
     state: Tensor | None = None
+    projected: bool = False
 
     def detach(self) -> "Prefix":
         return self._each(Tensor.detach)
@@ -36,7 +37,8 @@ class Prefix(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Prefix":
         state = None if self.state is None else change(self.state)
-        return Prefix(tuple(map(change, self.keys)), tuple(map(change, self.values)), change(self.mask), state)
+        keys, values = tuple(map(change, self.keys)), tuple(map(change, self.values))
+        return Prefix(keys, values, change(self.mask), state, self.projected)
 
     def visible(self, n: int, keep: Tensor | None) -> Tensor:
         """Which tokens each of n samples sees (n, l), nothing where `keep` (n,) is False. Raises ValueError on n."""

@@ -6,8 +6,10 @@ Times: t = 1 noise, t = 0 action. b is the batch, horizon is `chunk_size`; actio
 import json
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -27,6 +29,7 @@ from ..policy import FlowMapPolicy
 from ..relative import check_relative
 from ..training_state import resumed_from
 from . import weights
+from .attention import Prefix
 from .features import check_statistics
 from .images import check_image
 from .prompt import (
@@ -73,6 +76,8 @@ class VLAPolicy(FlowMapPolicy):
     as_stored: ClassVar[str] = ""
     """Start of the names of the network's weights that keep the dtypes of a checkpoint while they are frozen. The
     others are float32 then. Empty where `dtype` says the dtypes."""
+    old_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Starts of weights' names, without LeRobot's `model.`, that LeRobot's own loading replaces."""
     binned: ClassVar[tuple[str, ...]] = ()
     """Features of which the network only reads bins."""
     adapted: ClassVar[str]
@@ -189,7 +194,7 @@ class VLAPolicy(FlowMapPolicy):
                 weights.warn_of_unknown(type(config), checkpoint, source)
             cls._note_start(config, checkpoint)
             config.base_model = checkpoint.get("base_model") if Path(source).is_dir() else str(source)
-        state = weights.load_state_dict(source, **hub)
+        state = weights.load_state_dict(source, old_names=cls.old_names, **hub)
         tokenizer = checkpoint_tokenizer(sources.find_file(source, sources.PREPROCESSOR, **hub))
         with no_init_weights():
             policy = cls(config, **{"tokenizer": tokenizer, "with_weights": False, **kwargs})
@@ -334,8 +339,12 @@ class VLAPolicy(FlowMapPolicy):
     def _sample(self, observation: Observation, x: Tensor, start: float) -> Tensor:
         """Carries x (n, chunk_size, max_action_dim), n a multiple of b, from time `start` to the actions."""
         steps, sampler = self.config.num_inference_steps, self.config.sampler
-        prefix = self._encode(*self._prepare(observation))
+        prefix = self._for_all_steps(self._encode(*self._prepare(observation)))
         return sample_chunk(partial(self._velocity, prefix), x, steps=steps, sampler=sampler, start=start)
+
+    def _for_all_steps(self, prefix: Prefix) -> Prefix:
+        """Does what of the action side's work on a prefix is the same in every step of the sampler."""
+        return prefix
 
     # Real-time chunking
 

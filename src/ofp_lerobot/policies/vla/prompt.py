@@ -2,14 +2,15 @@
 
 π₀.₅'s prompt is "Task: …, State: …;\\nAction: ". A tokenizer cuts what is too long without a word, and the state is at
 its end: opposite states then give the same answer. Nothing is cut here; a prompt that does not fit is refused.
+π₀'s and SmolVLA's prompts are the instruction and a newline.
 """
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 logger = logging.getLogger(__name__)
 
 _STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
+_NEWLINE_STEPS = {"pi0_new_line_processor", "smolvla_new_line_processor"}
 _SHOWN = 60  # characters of an instruction in a message
 _WITH_STATE = re.compile(r"Task:(.*), State:[^,]*;\nAction: ", re.DOTALL)
 
@@ -28,16 +30,30 @@ NO_INSTRUCTION = (
 )
 
 
+def _cleaned(task: str) -> str:
+    return task.strip().replace("_", " ").replace("\n", " ")
+
+
+# Each step's prompt of an instruction and a state: LeRobot's `Pi05PrepareStateTokenizerProcessorStep`, our
+# `PromptWithoutStateStep`, and LeRobot's `Pi0NewLineProcessor` and `NewLineTaskProcessorStep`.
+_PROMPTS: dict[str, Callable[[str, str], str]] = {
+    "with state": lambda task, state: f"Task: {_cleaned(task)}, State: {state};\nAction: ",
+    "without state": lambda task, _: f"{_cleaned(task)}\n",
+    "as given": lambda task, _: task if task.endswith("\n") else f"{task}\n",
+}
+
+
 class PromptTokenizer(NamedTuple):
     """How prompts become tokens. name: a directory or a Hub id; length: the most tokens that a prompt has.
 
-    with_state: whether the prompt holds the state, as all of LeRobot's π₀.₅ do and some of openpi's do not. padded:
-    whether every prompt is padded to `length`, not only to the longest of its batch, as SmolVLA's are.
+    form: what is made of an instruction. "with state" is LeRobot's π₀.₅, "without state" some of openpi's, "as given"
+    π₀ and SmolVLA, which leave it as it is. padded: whether every prompt is padded to `length`, not only to the longest
+    of its batch, as SmolVLA's are.
     """
 
     name: str
     length: int
-    with_state: bool = True
+    form: Literal["with state", "without state", "as given"] = "with state"
     padded: bool = True
 
     def load(self) -> Any:
@@ -59,7 +75,10 @@ def checkpoint_tokenizer(path: Path | None) -> PromptTokenizer | None:
     beside = path.parent / config["tokenizer_name"]  # LeRobot after 0.6.1 saves it with the checkpoint
     name = str(beside) if beside.is_dir() else config["tokenizer_name"]
     padded = config.get("padding", "max_length") == "max_length"
-    return PromptTokenizer(name, config["max_length"], _STATE_STEP in steps, padded)
+    if _STATE_STEP in steps:
+        return PromptTokenizer(name, config["max_length"], "with state", padded)
+    as_given = not _NEWLINE_STEPS.isdisjoint(steps)
+    return PromptTokenizer(name, config["max_length"], "as given" if as_given else "without state", padded)
 
 
 def require_whole(prompts: Any, mask: Tensor, tokenizer: Any) -> None:
@@ -141,8 +160,7 @@ def check_tasks(tasks: Sequence[str], state_size: int, how: PromptTokenizer) -> 
         return
     bin_ = max(("255", "-1"), key=lambda text: count_tokens(tokenizer, [" ".join([text] * 8)])[0])
     state = " ".join([bin_] * state_size)
-    cleaned = [task.strip().replace("_", " ").replace("\n", " ") for task in tasks]
-    prompts = [f"Task: {task}, State: {state};\nAction: " if how.with_state else f"{task}\n" for task in cleaned]
+    prompts = [_PROMPTS[how.form](task, state) for task in tasks]
     counts = count_tokens(tokenizer, prompts)
     longest = max(range(len(counts)), key=counts.__getitem__)
     if counts[longest] > how.length:

@@ -6,7 +6,7 @@ token and cache_dir. Here anything missing or unexpected beyond the target-time 
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,8 @@ def check_processors(config: Any, checkpoint: dict[str, Any], source: str | Path
         )
 
 
-def load_state_dict(source: str | Path, **hub: Any) -> dict[str, Tensor]:
-    """A checkpoint's weights under LeRobot's names, on the CPU.
+def load_state_dict(source: str | Path, *, old_names: Mapping[str, str] | None = None, **hub: Any) -> dict[str, Tensor]:
+    """A checkpoint's weights under LeRobot's names, on the CPU. old_names: as `VLAPolicy.old_names`.
 
     Raises FileNotFoundError where there is no model.safetensors, ValueError where it is damaged.
     """
@@ -171,13 +171,20 @@ def load_state_dict(source: str | Path, **hub: Any) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
-    state = {released_name(name if name.startswith(PREFIX) else PREFIX + name): w for name, w in state.items()}
+    state = {_present_name(name, old_names or {}): w for name, w in state.items()}
     # openpi ties the two and stores one of them.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state[_HEAD]
     elif _HEAD not in state and _EMBEDDING in state:
         state[_HEAD] = state[_EMBEDDING]
     return state
+
+
+def _present_name(name: str, old_names: Mapping[str, str]) -> str:
+    for before, after in old_names.items():
+        if name.startswith(before):
+            name = after + name.removeprefix(before)
+    return released_name(name if name.startswith(PREFIX) else PREFIX + name)
 
 
 def load_weights(
