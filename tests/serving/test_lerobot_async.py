@@ -45,7 +45,7 @@ def server(somewhere):
     command = [sys.executable, "-c", LAUNCH, "--host=127.0.0.1", f"--port={port}", "--inference_latency=0"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
