@@ -5,7 +5,7 @@ For a SmolVLA from scratch without the Hub, as a quickstart's, a test's or a ben
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MARKS = {  # of its tokenizer, which SmolVLA asks for
     "image_token": "<image>",
@@ -35,25 +35,22 @@ class SmolVLMSize(NamedTuple):
 
 def write_smolvlm(directory: Path, size: SmolVLMSize, words: Iterable[str] = ()) -> Path:
     """Writes what `AutoConfig` and `AutoProcessor` read; words: of its tokenizer, one token each."""
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        PreTrainedTokenizerFast,
-        SmolVLMConfig,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
 
+    library: Any = transformers  # whose classes take other keywords than their types say
     known = dict.fromkeys(["<pad>", "<unk>", *MARKS.values(), *words])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
+    fast = library.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=MARKS
     )
     tokens = (size.pixels // size.patch // size.scale) ** 2
-    processor = SmolVLMProcessor(SmolVLMImageProcessor(), fast, SmolVLMVideoProcessor(), image_seq_len=tokens)
+    processor = library.SmolVLMProcessor(
+        library.SmolVLMImageProcessor(), fast, library.SmolVLMVideoProcessor(), image_seq_len=tokens
+    )
     processor.save_pretrained(directory)
-    SmolVLMConfig(
+    library.SmolVLMConfig(
         text_config={
             "model_type": "llama",
             "hidden_size": size.width,
