@@ -28,6 +28,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     state_of,
 )
 from ofp_lerobot.evaluation.environments.pillar import LEFT, RIGHT, TASK, AroundPillar, Pillar
+from ofp_lerobot.evaluation.environments.quickstart import MAX_STEPS
 
 ACTION = "action"
 REPO_ID = "local/quickstart"
@@ -45,7 +46,7 @@ class Recording:
     seed: int = 0
     pillar: Pillar = field(default_factory=Pillar)
     noise: float = 0.3  # standard deviation added to the executed displacement, in every other pair of episodes
-    max_steps: int = 96
+    max_steps: int = MAX_STEPS
 
     def simulator(self) -> Simulator:
         """The task with its pillar."""
@@ -128,8 +129,8 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
         for index, episode in enumerate(pool.map(_record_episode, range(recording.episodes))):
             if not episode.solved:
                 raise RuntimeError(
-                    f"the demonstrator left {recording.task} unsolved after {recording.max_steps} steps in episode "
-                    f"{index}: choose another pillar, less noise or more steps"
+                    f"the demonstrator did not solve {recording.task} in episode {index}: it touched the pillar, or "
+                    f"{recording.max_steps} steps were too few. In `Recording` take another pillar, less noise or more"
                 )
             for image, state, action in zip(episode.images, episode.states, episode.actions, strict=True):
                 dataset.add_frame({IMAGE: image, STATE: state, ACTION: action, "task": prompt})

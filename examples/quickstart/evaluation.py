@@ -23,6 +23,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     Simulator,
     description,
 )
+from ofp_lerobot.evaluation.environments.quickstart import MAX_STEPS
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.rollout import MeasuredSession, roll_out
 from ofp_lerobot.evaluation.timing import milliseconds
@@ -44,7 +45,7 @@ class Evaluation:
 
     episodes: int = 60
     seed: int = 100_000
-    max_steps: int = 96
+    max_steps: int = MAX_STEPS
     side_by_side: int = 10
     observations: int = 16  # starts at which the chunks' distribution is measured ...
     draws: int = 32  # ... and chunks drawn at each

@@ -105,7 +105,7 @@ class Quickstart:
 
     def _train(self, name: str, flags: dict[str, object], position: int) -> None:
         directory = self._run(name).parent
-        settings = [self.settings.recording, self.settings.training, flags]
+        settings = [self.settings.recording, self.settings.training, self.settings.network, flags]
         if is_done(directory, settings):
             return
         with stage(directory, settings), tqdm(desc=f"train {name}", total=flags["steps"], position=position) as bar:

@@ -14,10 +14,10 @@ from scipy import stats
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from examples.quickstart import evaluation, report, training
+from examples.quickstart import evaluation, pipeline, report, training
 from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
 from examples.quickstart.evaluation import Evaluation
-from examples.quickstart.pipeline import BASELINES, FILMED, ROWS, Settings
+from examples.quickstart.pipeline import BASELINES, FILMED, ROWS, Quickstart, Settings
 from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
@@ -119,7 +119,18 @@ def test_the_branches_differ_in_their_objective_only(tmp_path):
     assert ofp["steps"] == ofp["policy.scheduler_decay_steps"] == settings.steps
 
 
-@pytest.mark.parametrize("policy", ["smolvla"])
+def test_another_network_is_another_training(tmp_path, monkeypatch):
+    """Its branches start from the same path, so their flags are the same."""
+    trained = []
+    monkeypatch.setattr(
+        pipeline, "lerobot_train", lambda flags, dataset, run, log, bar: trained.append(run.parent.name)
+    )
+    for network in ("pi05", "pi05", "smolvla"):
+        Quickstart(Settings(network=network), tmp_path).train_branch("ofp", 0)
+    assert trained == ["ofp", "ofp"]
+
+
+@pytest.mark.parametrize("policy", ["pi05", "smolvla"])
 def test_it_runs_to_its_end(policy, tmp_path):
     """At tiny sizes, with the simulator: what it says of the policies means nothing."""
     pytest.importorskip("metaworld")
@@ -134,7 +145,7 @@ def test_it_runs_to_its_end(policy, tmp_path):
     assert made["settings"]["network"] == policy
     assert [(row["policy"], row["steps"]) for row in made["rows"]] == [(name, how.steps) for name, how in ROWS]
     trained = json.loads((training.checkpoint(tmp_path / "training/ofp/run") / "config.json").read_text())
-    assert (trained["type"], trained["objective"]) == (f"ofp_{policy}", "ofp")
+    assert (trained["type"], trained["objective"]) == ({"pi05": "ofp", "smolvla": "ofp_smolvla"}[policy], "ofp")
 
 
 def fake_lerobot_train(directory, code):

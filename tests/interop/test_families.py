@@ -88,6 +88,11 @@ def test_pi0s_time_layers_under_the_names_of_pi05s(dataset, tokenizer, tmp_path)
     ):
         actions = policy.eval().predict_action_chunk(dict(batch), noise=noise)
         torch.testing.assert_close(actions, expected, atol=1e-5, rtol=1e-5)
+    save_file(state | {"action_time_mlp_in.bias": state["time_mlp_in.bias"] + 1}, path)
+    with pytest.raises(
+        ValueError, match=r"has model\.action_time_mlp_in\.bias twice, as .*action_time_mlp_in.* and as"
+    ):
+        family.policy.from_pretrained(source, config=KINDS["ofp_pi0"].config(**sizes))
     save_file({f"model.{name}": w for name, w in state.items()}, path)  # there LeRobot does not, and goes on without
     names = r"4 missing: model\.action_time_mlp_in\.bias.*4 unexpected: model\.time_mlp_in"
     with pytest.raises(ValueError, match=names):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...inference.session import Runner
 
 IMAGE_SIZE, ACTION_REPEAT, CAMERA = 64, 2, "corner2"
-MAX_STEPS = 150  # actions
+MAX_STEPS = 96  # actions of an episode
 
 
 class QuickstartHarness(Harness):
@@ -30,7 +30,10 @@ class QuickstartHarness(Harness):
 
     @classmethod
     def protocol(cls, kind: str, settings: Mapping[str, Any]) -> str:
-        return "the simulator of `make quickstart` (MetaWorld, 64 pixels, two simulator steps to an action)"
+        return (
+            f"the simulator of `make quickstart` (MetaWorld, {IMAGE_SIZE} pixels, {ACTION_REPEAT} simulator steps to "
+            f"an action, {MAX_STEPS} actions, a pillar in {TASK})"
+        )
 
     def play(
         self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool

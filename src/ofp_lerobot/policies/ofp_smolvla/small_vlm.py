@@ -40,6 +40,8 @@ def write_smolvlm(directory: Path, size: SmolVLMSize, words: Iterable[str] = ())
 
     library: Any = transformers  # whose classes take other keywords than their types say
     known = dict.fromkeys(["<pad>", "<unk>", *MARKS.values(), *words])
+    if len(known) > size.vocabulary:
+        raise ValueError(f"{len(known)} words and marks do not fit a vocabulary of {size.vocabulary}: raise it")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = library.PreTrainedTokenizerFast(

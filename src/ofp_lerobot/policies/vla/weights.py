@@ -171,13 +171,24 @@ def load_state_dict(source: str | Path, *, old_names: Mapping[str, str] | None =
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
-    state = {_present_name(name, old_names or {}): w for name, w in state.items()}
+    state = _renamed(path, state, old_names or {})
     # openpi ties the two and stores one of them.
     if _EMBEDDING not in state and _HEAD in state:
         state[_EMBEDDING] = state[_HEAD]
     elif _HEAD not in state and _EMBEDDING in state:
         state[_HEAD] = state[_EMBEDDING]
     return state
+
+
+def _renamed(path: Path, state: Mapping[str, Tensor], old_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Under the present names. Raises ValueError where the file has one weight under two names."""
+    found: dict[str, str] = {}
+    for name in state:
+        present = _present_name(name, old_names)
+        if present in found:
+            raise ValueError(f"{path} has {present} twice, as {found[present]} and as {name}: take one of them out")
+        found[present] = name
+    return {present: state[name] for present, name in found.items()}
 
 
 def _present_name(name: str, old_names: Mapping[str, str]) -> str:
