@@ -253,7 +253,7 @@ def toy(report: dict[str, Any]) -> list[str]:
             [row[name] for row in group] for name in ("energy_distance", "accuracy", "entropy")
         )
         rows.append(
-            (objective, start or "–", steps or "–", cell(distance, 4, group[0].get("seed_spread")), cell(accuracy, 3),
+            (objective, start or "–", steps or "–", cell(distance, 4, group[0].get("seed_spread") or None), cell(accuracy, 3),
              cell(entropy, 3))
         )  # fmt: skip
     return markdown_table(

@@ -27,7 +27,8 @@ class Pi0Network(PaliGemmaNetwork):
 
     def encode(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Prefix:  # type: ignore[override]
         """As `PaliGemmaNetwork.encode`; state (b, max_state_dim) float32 waits for the action side."""
-        return super().encode(images, tokens, token_mask)._replace(state=state)
+        prefix = super().encode(images, tokens, token_mask)
+        return Prefix(prefix.keys, prefix.values, prefix.mask, state)  # the compiler does not take _replace
 
     def forward(
         self,
