@@ -253,8 +253,8 @@ def toy(report: dict[str, Any]) -> list[str]:
             [row[name] for row in group] for name in ("energy_distance", "accuracy", "entropy")
         )
         rows.append(
-            (objective, start or "–", steps or "–", cell(distance, 4, group[0].get("seed_spread") or None), cell(accuracy, 3),
-             cell(entropy, 3))
+            (objective, start or "–", steps or "–", cell(distance, 4, group[0].get("seed_spread") or None),
+             cell(accuracy, 3), cell(entropy, 3))
         )  # fmt: skip
     return markdown_table(
         ("", "trained from", "steps", "energy distance", "inside a mode", "entropy of the modes"), rows
