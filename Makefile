@@ -17,7 +17,7 @@ quickstart: $(VENV)/.ready-test
 
 # Documents quote settings of the LeRobot in constraints.txt, so they are not checked on another one.
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint $(if $(LEROBOT),,docs)
-	@echo "All tests: about 12 minutes on 2 cores, after lint and documents. make test-fast takes under 3."
+	@echo "All tests: about 16 minutes on 2 cores, after lint and documents. make test-fast takes under 3."
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without whole commands, LeRobot's scripts and simulators.

@@ -23,7 +23,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from tqdm import tqdm
 
 from benchmarks.speed.latency import TOLERANCE, make_policies
-from benchmarks.speed.presets import PRESETS, Preset
+from benchmarks.speed.presets import PI05, PRESETS, Preset
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.timing import milliseconds
 from ofp_lerobot.inference.policies import ServedPolicy
@@ -65,7 +65,7 @@ def our_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=[n for n, p in PRESETS.items() if p.family == "pi05"], default="cpu")
+    parser.add_argument("--preset", choices=PI05, default="cpu")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--repeats", type=int, default=15)

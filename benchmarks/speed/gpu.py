@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.speed import pieces, timing
 from benchmarks.speed.control import TASK, make_observation, our_step, stock_step
 from benchmarks.speed.latency import DEPLOYED
-from benchmarks.speed.presets import PRESETS, make_batch, make_ofp, make_stock
+from benchmarks.speed.presets import PI05, PRESETS, make_batch, make_ofp, make_stock
 from benchmarks.speed.timing import difference
 from benchmarks.speed.training import MODES, _ours, make_step
 from ofp_lerobot.compat import released_names
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="names, by default all; `build` before what asks")
     parser.add_argument("--deadline", type=float, default=500, help="seconds from the start")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", choices=[n for n, p in PRESETS.items() if p.family == "pi05"], default="real")
+    parser.add_argument("--preset", choices=PI05, default="real")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--train-batch", type=int, default=4)

@@ -48,6 +48,7 @@ PRESETS = {
     "real": Preset("pi05", *_REAL, 3, 224, 200, 48, 50, 14),
     "pi0_real": Preset("pi0", *_REAL, 3, 224, 48, 16, 50, 14),
 }
+PI05 = [name for name, preset in PRESETS.items() if preset.family == "pi05"]
 REAL = {"pi05": PRESETS["real"], "pi0": PRESETS["pi0_real"], "smolvla": PRESETS["smolvla"]}
 """By family, as released."""
 

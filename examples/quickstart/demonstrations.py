@@ -27,8 +27,8 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     expert,
     state_of,
 )
-from ofp_lerobot.evaluation.environments.pillar import LEFT, RIGHT, TASK, AroundPillar, Pillar
-from ofp_lerobot.evaluation.environments.quickstart import MAX_STEPS
+from ofp_lerobot.evaluation.environments.pillar import TASK, AroundPillar, Pillar, side_of
+from ofp_lerobot.evaluation.environments.quickstart import ACTION_REPEAT, CAMERA, IMAGE_SIZE, MAX_STEPS
 
 ACTION = "action"
 REPO_ID = "local/quickstart"
@@ -39,9 +39,9 @@ class Recording:
     """What is recorded. Episode i starts from seed `seed` + i; styles and noise alternate."""
 
     task: str = TASK
-    camera: str = "corner2"
-    image_size: int = 64
-    action_repeat: int = 2
+    camera: str = CAMERA
+    image_size: int = IMAGE_SIZE
+    action_repeat: int = ACTION_REPEAT
     episodes: int = 160
     seed: int = 0
     pillar: Pillar = field(default_factory=Pillar)
@@ -51,11 +51,6 @@ class Recording:
     def simulator(self) -> Simulator:
         """The task with its pillar."""
         return Simulator(self.task, self.camera, self.action_repeat, pillar=self.pillar)
-
-    @staticmethod
-    def side(index: int) -> int:
-        """On which side episode `index` passes the pillar."""
-        return RIGHT if index % 2 else LEFT
 
 
 class Episode(NamedTuple):
@@ -174,7 +169,7 @@ def _record_episode(index: int) -> Episode:
     return demonstrate(
         _simulator,
         _recording.seed + index,
-        _recording.side(index),
+        side_of(index),
         disturbances=disturbances(_recording, index),
         image_size=_recording.image_size,
     )

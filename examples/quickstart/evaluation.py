@@ -23,6 +23,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     Simulator,
     description,
 )
+from ofp_lerobot.evaluation.environments.pillar import side_of
 from ofp_lerobot.evaluation.environments.quickstart import MAX_STEPS
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.rollout import MeasuredSession, roll_out
@@ -176,7 +177,7 @@ def expert_chunks(recording: Recording, evaluation: Evaluation, horizon: int) ->
                 demonstrate(
                     simulator,
                     seed,
-                    recording.side(draw),
+                    side_of(draw),
                     disturbances=disturbances(recording, draw, seed)[:horizon],
                 ).actions
                 for draw in range(evaluation.draws)
@@ -220,8 +221,7 @@ def measure_demonstrator(recording: Recording, evaluation: Evaluation, horizon: 
     np.save(experts, chunks)
     calm = np.zeros((evaluation.max_steps, 3))
     episodes = [
-        demonstrate(simulators(recording, 1)[0], seed, recording.side(seed), disturbances=calm)
-        for seed in evaluation.seeds()
+        demonstrate(simulators(recording, 1)[0], seed, side_of(seed), disturbances=calm) for seed in evaluation.seeds()
     ]
     return {
         "solved": [episode.solved for episode in episodes],
@@ -273,9 +273,8 @@ def film(
     ways: Sequence[tuple[str, Path, Sampling]], recording: Recording, evaluation: Evaluation, path: Path
 ) -> dict[str, Any]:
     """A GIF of the first episodes, every other frame; a column for each way: its title, checkpoint and sampling."""
-    columns, longest = {}, 0
+    columns, longest, seeds = {}, 0, evaluation.seeds()[:FILM_EPISODES]
     for title, checkpoint, sampling in ways:
-        seeds = evaluation.seeds()[:FILM_EPISODES]
         outcomes = play_all(runner_of(checkpoint, sampling), recording, evaluation, seeds, film=FILM_SIZE)
         columns[title] = [[*outcome.frames[::2], outcome.frames[-1]] for outcome in outcomes]
         longest = max(longest, *(outcome.actions for outcome in outcomes))

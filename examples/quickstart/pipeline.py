@@ -5,6 +5,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,11 +94,15 @@ class Quickstart:
                 bar.update()
                 bar.set_postfix(frames=frames)
 
-    def train_base(self) -> None:
+    @cached_property
+    def _base_flags(self) -> dict[str, object]:
         recording, training, directory = self.settings.recording, self.settings.training, self.output / "tokenizer"
         prompts = [description(recording.task)]
         network = NETWORKS[self.settings.network](training, directory, prompts, recording.image_size)
-        self._train("base", base_flags(training, network), 0)
+        return base_flags(training, network)
+
+    def train_base(self) -> None:
+        self._train("base", self._base_flags, 0)
 
     def train_branch(self, objective: str, position: int) -> None:
         base = checkpoint(self._run("base"))
@@ -105,7 +110,7 @@ class Quickstart:
 
     def _train(self, name: str, flags: dict[str, object], position: int) -> None:
         directory = self._run(name).parent
-        settings = [self.settings.recording, self.settings.training, self.settings.network, flags]
+        settings = [self.settings.recording, self.settings.training, self._base_flags, flags]
         if is_done(directory, settings):
             return
         with stage(directory, settings), tqdm(desc=f"train {name}", total=flags["steps"], position=position) as bar:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ofp_lerobot.evaluation.environments.pillar import left_share
 from ofp_lerobot.evaluation.statistics import wilson_interval
 from ofp_lerobot.evaluation.tables import markdown_table
 from ofp_lerobot.inference.sampling import Sampling
@@ -16,7 +17,6 @@ def success_of(result: dict[str, Any]) -> dict[str, Any]:
     """The report's keys for episodes; result: `solved` and, where they are known, the lengths `actions` and the `sides`
     of the pillar (-1 left, 1 right, 0: it was not passed)."""
     solved, lengths = result["solved"], result.get("actions", [])
-    passed = [side for side in result.get("sides", []) if side]
     done = [length for length, each in zip(lengths, solved, strict=False) if each]
     low, high = wilson_interval(sum(solved), len(solved))
     return {
@@ -25,7 +25,7 @@ def success_of(result: dict[str, Any]) -> dict[str, Any]:
         "ci95": [round(low, 4), round(high, 4)],
         "solved": [int(each) for each in solved],
         "actions_to_success": round(sum(done) / len(done), 1) if done else None,
-        "left": round(passed.count(-1) / len(passed), 3) if passed else None,
+        "left": left_share(result.get("sides", [])),
     }
 
 

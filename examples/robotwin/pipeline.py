@@ -119,13 +119,13 @@ def train(job: Job) -> None:
     tokenizer = job.output / "train" / "tokenizer"
     flags = base_flags(settings, pi05(settings, tokenizer, texts, job.settings.image_size))
     flags |= {"policy.max_action_dim": 16, "policy.max_state_dim": 16, "policy.tokenizer_max_length": PROMPT_LENGTH}
-    _train(job, "base", flags)
+    _train(job, "base", flags, flags)
     for objective in (OFP, FLOW_MATCHING):
-        _train(job, objective, branch_flags(settings, objective, checkpoint(job.run_of("base"))))
+        _train(job, objective, branch_flags(settings, objective, checkpoint(job.run_of("base"))), flags)
 
 
-def _train(job: Job, name: str, flags: dict[str, object]) -> None:
-    run, chosen = job.run_of(name), [*job.made_of, job.settings.training, flags]
+def _train(job: Job, name: str, flags: dict[str, object], of_base: dict[str, object]) -> None:
+    run, chosen = job.run_of(name), [*job.made_of, job.settings.training, of_base, flags]
     if not is_done(run.parent, chosen):
         with stage(run.parent, chosen), job.bar(name, int(str(flags["steps"]))) as bar:
             lerobot_train(flags, job.dataset, run, run.parent / "log.txt", bar)

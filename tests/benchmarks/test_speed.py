@@ -21,7 +21,6 @@ def family(request, monkeypatch):
     sizes = {"vlm": "gemma_tiny", "expert": "gemma_tiny", "vocabulary": 512} if name == "pi0" else {"vocabulary": 512}
     tiny = replace(presets.REAL[name], resolution=32, text=8, real_text=4, horizon=8, steps=(1, 10), **sizes)
     tiny = replace(tiny, vision="siglip_tiny") if name == "pi0" else tiny
-    monkeypatch.setattr(presets, "PRESETS", {"tiny": tiny})
     for module in (presets, latency, training):
         monkeypatch.setattr(module, "PRESETS", {"tiny": tiny})
         monkeypatch.setattr(module, "REAL", {name: tiny})

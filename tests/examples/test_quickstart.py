@@ -19,6 +19,7 @@ from examples.quickstart.demonstrations import Recording, demonstrate, disturban
 from examples.quickstart.evaluation import Evaluation
 from examples.quickstart.pipeline import BASELINES, FILMED, ROWS, Quickstart, Settings
 from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
+from ofp_lerobot.evaluation.environments.pillar import side_of
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
@@ -130,14 +131,20 @@ def test_another_network_is_another_training(tmp_path, monkeypatch):
     assert trained == ["ofp", "ofp"]
 
 
-@pytest.mark.parametrize("policy", ["smolvla"])  # minutes; both go through the same code
-def test_it_runs_to_its_end(policy, tmp_path):
-    """At tiny sizes, with the simulator: what it says of the policies means nothing."""
+@pytest.fixture
+def backend():
+    """What MuJoCo draws with."""
     pytest.importorskip("metaworld")
     try:
-        usable_backend()
+        return usable_backend()
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("policy", ["smolvla"])  # minutes; both go through the same code
+@pytest.mark.usefixtures("backend")
+def test_it_runs_to_its_end(policy, tmp_path):
+    """At tiny sizes, with the simulator: what it says of the policies means nothing."""
     command = [sys.executable, "-m", "examples.quickstart", "--smoke", f"--policy={policy}", f"--output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -243,7 +250,7 @@ def simulator():
 
 def run(simulator, index):
     recording = Recording()
-    return demonstrate(simulator, 3, recording.side(index), disturbances=disturbances(recording, index, seed=3))
+    return demonstrate(simulator, 3, side_of(index), disturbances=disturbances(recording, index, seed=3))
 
 
 def test_the_demonstrator_solves_the_task_in_both_styles(simulator):
@@ -269,12 +276,7 @@ assert (second.render(48) == alone.render(48)).all() and (alone.render(48) != ow
 """
 
 
-def test_simulators_that_share_renderers_draw_as_each_alone():
-    pytest.importorskip("metaworld")
-    try:
-        backend = usable_backend()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+def test_simulators_that_share_renderers_draw_as_each_alone(backend):
     # A process of its own: MuJoCo chooses how to draw when it is imported.
     done = subprocess.run(
         [sys.executable, "-c", SHARED], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True

@@ -24,7 +24,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
     description,
     expert,
 )
-from ofp_lerobot.evaluation.environments.pillar import LEFT, RIGHT, TASK, AroundPillar, Pillar
+from ofp_lerobot.evaluation.environments.pillar import TASK, AroundPillar, Pillar, side_of
 
 ACTION = "action"
 RAW_DIM = 39
@@ -92,8 +92,7 @@ class Demonstrator:
     ) -> None:
         self._expert, self._rng = expert(simulator.task), rng
         if simulator.pillar is not None:
-            side = RIGHT if number % 2 else LEFT
-            self._expert = AroundPillar(self._expert, simulator.pillar, start, side)
+            self._expert = AroundPillar(self._expert, simulator.pillar, start, side_of(number))
         self._noise = recording.noise if condition == "noisy" else 0.0
         self._pace = rng.uniform(recording.slowest, 1) if condition == "noisy" else 1.0
         self._disturbed = STYLES_NOISE if condition == "styles" and number // 2 % 2 else 0.0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ofp_lerobot.evaluation.environments.pillar import left_share
 from ofp_lerobot.evaluation.statistics import bootstrap_interval, wilson_interval
 from ofp_lerobot.evaluation.tables import markdown_table
 from ofp_lerobot.inference.sampling import Sampling
@@ -54,7 +55,7 @@ def rows_of(results: Sequence[Row]) -> list[Row]:
             tasks.setdefault(result["task"], []).append(float(np.mean(result["solved"])))
         means = [float(np.mean(each)) for each in seeds.values()]
         jumps = [result["jump"] for result in group if result["jump"] is not None]
-        sides = [side for result in group for side in result.get("sides", ()) if side]
+        sides = [side for result in group for side in result.get("sides", ())]
         rows.append(
             {
                 **dict(zip(KEYS, key, strict=True)),
@@ -66,7 +67,7 @@ def rows_of(results: Sequence[Row]) -> list[Row]:
                 "energy_distance": round(float(np.mean([result["energy_distance"] for result in group])), 4),
                 "spread": round(float(np.mean([result["spread"] for result in group])), 4),
                 "jump": round(float(np.mean(jumps)), 4) if jumps else None,
-                "left": round(sides.count(-1) / len(sides), 3) if sides else None,
+                "left": left_share(sides),
                 "by_task": {task: round(float(np.mean(each)), 3) for task, each in tasks.items()},
                 "solved": {f"{result['seed']}/{result['task']}": result["solved"] for result in group},
             }

@@ -3,7 +3,7 @@
 From the same start demonstrations go left and right, and the mean of the two is no solution: it leads into the pillar.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,17 @@ MARGIN = 0.06  # ... which is kept from so far before it to so far behind it
 
 _GAIN = 10.0  # displacement per metre of distance
 _ARRIVED = 0.015  # metres
+
+
+def side_of(episode: int) -> int:
+    """LEFT or RIGHT, on which a demonstrator passes the pillar in an episode of this number; they alternate."""
+    return RIGHT if episode % 2 else LEFT
+
+
+def left_share(sides: Sequence[int]) -> float | None:
+    """Of the episodes that passed the pillar; None where none did. sides: LEFT, RIGHT, or 0 where it was not passed."""
+    passed = [side for side in sides if side]
+    return round(passed.count(LEFT) / len(passed), 3) if passed else None
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ class OFPSmolVLAPolicy(VLAPolicy):
         return images, torch.stack(masks, dim=1), *text, self._prepare_state(observation)
 
     def _for_all_steps(self, prefix: Prefix) -> Prefix:
-        # A single step projects inside `_velocity`, which may be compiled.
-        return self.model.project(prefix) if self.config.num_inference_steps > 1 else prefix
+        return self.model.project(prefix)
 
 
 def prepare_images(images: Sequence[Tensor], size: tuple[int, int] | None) -> Tensor:

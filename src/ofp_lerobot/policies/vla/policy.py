@@ -339,7 +339,9 @@ class VLAPolicy(FlowMapPolicy):
     def _sample(self, observation: Observation, x: Tensor, start: float) -> Tensor:
         """Carries x (n, chunk_size, max_action_dim), n a multiple of b, from time `start` to the actions."""
         steps, sampler = self.config.num_inference_steps, self.config.sampler
-        prefix = self._for_all_steps(self._encode(*self._prepare(observation)))
+        prefix = self._encode(*self._prepare(observation))
+        if steps > 1:  # a single step does it inside `_velocity`, which may be compiled
+            prefix = self._for_all_steps(prefix)
         return sample_chunk(partial(self._velocity, prefix), x, steps=steps, sampler=sampler, start=start)
 
     def _for_all_steps(self, prefix: Prefix) -> Prefix:
