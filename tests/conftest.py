@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 import traceback
@@ -98,6 +99,17 @@ torch.set_num_threads(1)  # module-scoped fixtures train before the one below ru
 def _deterministic():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """LeRobot's `init_logging` replaces the handlers of the whole process; a later test's `capsys` would read them."""
+    root, websockets = logging.getLogger(), logging.getLogger("websockets")
+    before = root.handlers[:], root.level, websockets.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    websockets.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,7 @@ def test_compare(kind, checkpoints, tmp_path, monkeypatch):
     policies = [f"--policy=name={name},path={checkpoints[kind]},steps={n}" for name, n in (("one", 1), ("two", 2))]
     arguments = ["--env=room", "--tasks=t", "--episodes=2", "--workers=0", "--devices=cpu", f"--output={tmp_path}"]
     with stock_sizes(kind):
+        Runner.load(checkpoints[kind], device="cpu").session(seed=0).infer(observation())  # raises; the command reports
         assert compare.main([*policies, *arguments]) == 0
     episodes = read_results(tmp_path / compare.EPISODES)
     assert [(e.steps, [c.evaluations for c in e.chunks]) for e in episodes] == [(6, [1, 1])] * 2 + [(6, [2, 2])] * 2

@@ -379,6 +379,10 @@ def test_every_budget_is_consistent():
     cool = {(s.sampler, s.steps) for s in samplings("flow_matching") if s.temperature < 1}
     assert cool == {("euler", 1), ("euler", 2), ("euler", 10)}
     assert {s.steps for s in samplings("ofp") if s.temperature < 1} == {1, 2}
+    single = pipeline.Benchmark(replace(pipeline.BUDGETS["small"], variants=False), pipeline.Path("."), 1).samplings
+    for objective in ("ofp", "flow_matching"):
+        left_out = [s for s in samplings(objective) if s.warm_start or s.samples > 1]
+        assert left_out and [s for s in samplings(objective) if s not in left_out] == single(objective)
     every = [(s.sampler, s.steps) for s in samplings("diffusion")]
     assert every == [("ddim", 1), ("ddim", 2), ("ddim", 10), ("ddpm", 100)]
 

@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 
 from tests import runs
@@ -24,14 +22,3 @@ def ofp_smolvla(dataset, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pi05(dataset, tokenizer, tmp_path_factory):
     return runs.pi05_checkpoint(tmp_path_factory.mktemp("pi05"), dataset, tokenizer)
-
-
-@pytest.fixture
-def plain_logging():
-    """LeRobot's `init_logging` replaces the handlers of the whole process."""
-    root, websockets = logging.getLogger(), logging.getLogger("websockets")
-    before = root.handlers[:], root.level, websockets.level
-    yield
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    websockets.setLevel(before[2])

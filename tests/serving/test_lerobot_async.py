@@ -30,7 +30,7 @@ sys.exit(entry.load()())
 
 
 @pytest.fixture
-def somewhere(tmp_path, monkeypatch, plain_logging):
+def somewhere(tmp_path, monkeypatch):
     """LeRobot's modules make a folder for logs where they are imported."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -463,7 +463,7 @@ def test_a_port_that_is_taken():
 # The command
 
 
-def test_the_command_serves_and_stops_on_a_signal(ofp, layout, plain_logging, capsys):
+def test_the_command_serves_and_stops_on_a_signal(ofp, layout, capsys):
     """A real SIGTERM, while or after a request runs: the command returns in good order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -530,7 +530,7 @@ def test_numbers_that_cannot_be_are_refused_when_parsing(capsys, flag):
         (["--device", "cuda:9"], "--device cuda:9 is not available"),
     ],
 )
-def test_what_cannot_be_served_is_told_in_one_line(ofp, layout, capsys, plain_logging, flags, message):
+def test_what_cannot_be_served_is_told_in_one_line(ofp, layout, capsys, flags, message):
     flags = [*([] if "--layout" in flags else ["--layout", str(layout)]), "--device", "cpu", *flags]
     assert main([str(ofp), *flags]) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]

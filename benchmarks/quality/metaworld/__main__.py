@@ -52,6 +52,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     parser.add_argument(
         "--steps", nargs="+", type=at_least(1, at_most=100), help="evaluations per chunk (default 1 2 10)"
     )
+    parser.add_argument(
+        "--no-variants",
+        action="store_true",
+        help="no answers with a warm start, none with the densest of several",
+    )
     parser.add_argument("--seeds", type=at_least(1))
     parser.add_argument("--episodes", type=at_least(1), help="evaluation episodes per task")
     parser.add_argument(
@@ -76,6 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
             budget = replace(budget, **{name: tuple(dict.fromkeys(getattr(args, name)))})
     if budget.objectives == (diffusion.NAME,):
         parser.error("--objectives needs one besides diffusion, which only stands beside it")
+    budget = replace(budget, variants=not args.no_variants)
     if args.seeds:
         budget = replace(budget, seeds=args.seeds)
     if args.episodes:

@@ -41,6 +41,7 @@ class Budget:
     objectives: tuple[str, ...] = (*OBJECTIVES, diffusion.NAME)
     starts: tuple[str, ...] = (BASE,)
     steps: tuple[int, ...] = (1, 2, 10)  # evaluations per chunk
+    variants: bool = True  # also answers with a warm start, and the densest of several
     seeds: int = 3
     recording: Recording = field(default_factory=Recording)
     training: Training = field(default_factory=Training)
@@ -210,20 +211,21 @@ class Benchmark:
         return Job(directory, settings, ev.measure_experts, (*arguments, directory / "chunks.npy"))
 
     def samplings(self, objective: str) -> list[Sampling]:
-        """One, two, … evaluations with the sampler that the objective trains, and with less noise; one also warm and
-        with more samples. From ten on, where average velocities gain nothing, `euler`; with less noise only flow
-        matching's.
+        """One, two, … evaluations with the sampler that the objective trains, and with less noise; with the budget's
+        variants one also warm and with more samples. From ten on, where average velocities gain nothing, `euler`; with
+        less noise only flow matching's.
         """
         plain = Sampling.plain
         if objective == diffusion.NAME:
             return [*(plain("ddim", steps) for steps in self.budget.steps), plain("ddpm", 100)]
         sampler = "flow_map" if OBJECTIVES[name_of(objective)].uses_target_time else "euler"
         variants = [plain(sampler, 1, warm_start=WARM_START), plain(sampler, 1, samples=SAMPLES)]
+        variants += [plain("euler", 10, warm_start=WARM_START)] * (objective == BASE)
         steps = self.budget.steps if objective != "drifting" else (1,)
         single = [plain(sampler if count < 10 else "euler", count) for count in steps]
         few = [each for each in single if (each.steps or 0) < 10 or objective == BASE]
         cool = [replace(each, temperature=TEMPERATURE) for each in few]
-        return [*single, *variants, *cool] + [plain("euler", 10, warm_start=WARM_START)] * (objective == BASE)
+        return [*single, *cool, *(variants if self.budget.variants else ())]
 
     def _evaluated(self) -> list[tuple[Run, str, Sampling]]:
         return [
