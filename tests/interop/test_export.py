@@ -93,7 +93,7 @@ def teacher_policy(source):
     return policy
 
 
-@pytest.mark.parametrize("weights", ["student", "ema"])
+@pytest.mark.parametrize("weights", ["student", "teacher"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_stock_code_acts_as_the_policy(trained, tmp_path, steps, weights):
     """On observations the export has not proved itself with. One step is the same arithmetic on the plain path."""
@@ -112,13 +112,13 @@ def test_stock_code_acts_as_the_policy(trained, tmp_path, steps, weights):
 def test_student_and_average_differ(trained, tmp_path):
     batch, noise = small.batch(1, seed=12), torch.randn(1, small.HORIZON, 8)
     answers = []
-    for weights in ("student", "ema"):
+    for weights in ("student", "teacher"):
         assert run(trained, tmp_path / weights, 1, f"--weights={weights}", "--layout=lerobot") == 0
         answers.append(stock(tmp_path / weights, batch, noise))
     assert largest(*answers) > 1e-2
 
 
-@pytest.mark.parametrize("weights", ["student", "ema"])
+@pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_adapters_are_merged(adapter, tmp_path, weights):
     from lerobot.rollout.context import _load_pretrained_policy
 
@@ -126,7 +126,7 @@ def test_adapters_are_merged(adapter, tmp_path, weights):
     config.pretrained_path = adapter
     policy = _load_pretrained_policy(config).eval()  # as LeRobot acts with it, not merged
     inner = policy.get_base_model()
-    if weights == "ema":
+    if weights == "teacher":
         parameters = dict(inner.model.named_parameters())
         with torch.no_grad(), safe_open(state_path(adapter), "pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -226,7 +226,7 @@ def test_other_engines_find_the_embedding_and_tell_checkpoints_apart(trained, tm
     raw[head] = raw[head] + 1  # training moves the one and not the other
     save_file(raw, source / "model.safetensors", metadata={"format": "pt"})
     beginnings = set()
-    for weights in ("student", "ema"):
+    for weights in ("student", "teacher"):
         out = tmp_path / weights
         assert run(source, out, 1, f"--weights={weights}") == 0
         stock, openpi = (load_file(out / layout / "model.safetensors") for layout in ("lerobot", "openpi"))
@@ -305,7 +305,7 @@ def test_exact_rotary_frequencies_are_exported_as_float32(dataset, tokenizer, tm
 
 def test_readme_has_the_settings_to_run_with(trained, tmp_path):
     """And a row for each proof, and no path of the machine that made it."""
-    assert run(trained, tmp_path / "out", 2, "--weights=ema") == 0
+    assert run(trained, tmp_path / "out", 2, "--weights=teacher") == 0
     for layout, settings in {
         "lerobot": ["--policy.num_inference_steps=2"],
         "openpi": ['sample_kwargs={"num_steps": 2}', "action_horizon=8", 'asset_id="a"'],
@@ -398,7 +398,7 @@ def test_refusals(trained, dataset, tokenizer, tmp_path, capsys):
     assert "--asset-id" in refusal(trained, out, "--steps=1")  # this run has no train_config.json
     small_one = runs.ofp_checkpoint(tmp_path / "tiny", dataset, tokenizer)
     assert "no network of this size" in refusal(small_one, out, "--steps=1", "--layout=lerobot")
-    assert "no teacher" in refusal(small_one, out, "--steps=1", "--layout=lerobot", "--weights=ema")
+    assert "no teacher" in refusal(small_one, out, "--steps=1", "--layout=lerobot", "--weights=teacher")
     policy = small.ofp_policy(tokenizer_name=str(tokenizer), tokenizer_max_length=32, **REAL_NAMES)
     small.stock_policy(policy).save_pretrained(tmp_path / "pi05")
     assert "plain π₀.₅ already" in refusal(tmp_path / "pi05", out, "--steps=1", "--layout=lerobot")

@@ -37,7 +37,7 @@ any engine runs with that many steps, and proves it against stock LeRobot before
 _EXPORT_EXAMPLES = """\
 examples:
   ofp-export outputs/train/run/checkpoints/last/pretrained_model --steps 1 --output one_step
-  ofp-export <run>/pretrained_model --steps 2 --weights ema --layout openpi --asset-id my_robot --output two_step"""
+  ofp-export <run>/pretrained_model --steps 2 --weights teacher --layout openpi --asset-id my_robot --output two_step"""
 
 
 _STARTS = {"pi05": "ofp", "pi0": "ofp_pi0", "smolvla": "ofp_smolvla"}  # LeRobot's types and ours
@@ -147,7 +147,7 @@ def parse_export(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("lerobot", "openpi", "both"),
         help="both, the default of `ofp`, writes <output>/lerobot and <output>/openpi; the others have lerobot alone",
     )
-    parser.add_argument("--weights", choices=("student", "ema"), default="student", help="ema: the moving average")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="teacher: the EMA")
     parser.add_argument("--asset-id", help="of openpi's statistics (default: the training data's name)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion or export")
     return parser.parse_args(argv)

@@ -29,7 +29,7 @@ from .readme import OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
 logger = logging.getLogger(__name__)
 
 Layout = Literal["lerobot", "openpi", "both"]
-Which = Literal["student", "ema"]
+Which = Literal["student", "teacher"]
 
 
 def export(
@@ -151,11 +151,11 @@ def load_policy(source: str | Path, config: Any, which: Which) -> VLAPolicy:
     try:
         if not config.use_peft:
             policy = OURS[config.type].policy.from_pretrained(source, config=config).float()
-            if which == "ema":
+            if which == "teacher":
                 use_teacher(policy, source)
             return policy.eval()
         wrapped = load_peft(source, config).float()
-        if which == "ema":
+        if which == "teacher":
             use_teacher(wrapped.get_base_model(), source)
         return wrapped.merge_and_unload().eval()
     except (ValueError, OSError, ImportError) as error:

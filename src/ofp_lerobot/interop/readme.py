@@ -110,7 +110,7 @@ for module in policy._model.modules():
 
 
 class Origin(NamedTuple):
-    """What was exported: the checkpoint as the user named it, "student" or "ema" weights, and the number of steps."""
+    """What was exported: the checkpoint as the user named it, "student" or "teacher" weights, and the number of steps."""
 
     checkpoint: str
     weights: str
@@ -151,7 +151,7 @@ def _head(origin: Origin, library: str) -> str:
     return _HEAD.format(
         library=library,
         source=path.name if path.is_absolute() else origin.checkpoint,
-        weights={"student": "student", "ema": "moving-average"}[origin.weights],
+        weights={"student": "student", "teacher": "moving-average"}[origin.weights],
         adapter=", adapter merged" if origin.adapter else "",
         plugin=version("lerobot_policy_ofp"),
         **_plural(origin),
