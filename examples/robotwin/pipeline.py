@@ -49,7 +49,7 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
     """Every stage up to `until` for every task, two tasks at once. Raises UserError."""
     root = os.environ.get("ROBOTWIN_ROOT")
     if not root:
-        raise UserError("set ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed, ROBOTWIN_VULKAN: docs/robotwin.md")
+        raise UserError("set ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed, ROBOTWIN_VULKAN: docs/robotwin-cpu.md")
     require(Path(root))
     jobs = [Job(task, settings, output / task, position) for position, task in enumerate(tasks)]
     names = list(STAGES)
