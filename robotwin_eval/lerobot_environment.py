@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class LeRobotRoboTwinHarness(LeRobotHarness):
     """LeRobot's environment with RoboTwin's camera names and step limits; unstable seeds are left out."""
 
+    looks_for_starts = True
+
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
         super().__init__("robotwin", settings, device)
 

@@ -14,7 +14,7 @@ import pytest
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop import command as compare
-from ofp_lerobot.evaluation.closed_loop import workers
+from ofp_lerobot.evaluation.closed_loop import settings, workers
 from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, run_jobs
@@ -420,4 +420,4 @@ def test_samples_are_a_setting_that_older_directories_do_not_know():
         PolicySpec.parse_flag("name=best,path=somewhere,temperature=2")
     now = {**asdict(PolicySpec("one", "here", steps=1)), "checkpoint": None}
     older = {key: value for key, value in now.items() if key not in ("samples", "temperature")}
-    assert compare.is_same_policy(older, now) and not compare.is_same_policy(older, {**now, "samples": 8})
+    assert settings.is_same_policy(older, now) and not settings.is_same_policy(older, {**now, "samples": 8})

@@ -1,13 +1,11 @@
 """Compares policies in closed loop, episode by episode: `ofp-compare`."""
 
 import argparse
-import hashlib
 import json
 import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from ..videos import side_by_side
 from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
+from .settings import settle
 from .workers import Find, HarnessSpec, Play, run_jobs
 
 DEFAULT_EPISODES = 100
@@ -123,7 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--baseline {args.baseline}: there is no such policy")
     harness = _harness(args)
     with open_results(args.output / EPISODES) as results:
-        settings = _settle(args.output / SETTINGS, policies, harness)
+        has_starts = _harness_class(args).looks_for_starts and bool(_known_starts(args.output / STARTS))
+        settings = settle(args.output / SETTINGS, policies, harness, results.episodes, has_starts=has_starts)
         starts = [] if args.report_only else starts_to_play(args, harness, results)
         try:
             if not args.report_only:
@@ -153,48 +153,6 @@ def _harness_class(args: argparse.Namespace) -> type[Harness]:
         return harness_class(args.env)
     except ImportError as error:
         raise UserError(f"--env {args.env}: {error}") from error
-
-
-def _settle(path: Path, policies: list[PolicySpec], harness: HarnessSpec) -> dict[str, Any]:
-    """The settings of this output directory. Raises UserError where what is there was made with others."""
-    now = {
-        "harness": asdict(harness),
-        "policies": {p.name: {**asdict(p), "checkpoint": fingerprint(p.path)} for p in policies},
-    }
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before["harness"] != now["harness"]:
-            raise UserError(f"{path}: these episodes were played with {before['harness']}: choose another --output")
-        for name, spec in now["policies"].items():
-            if not is_same_policy(before["policies"].get(name, spec), spec):
-                raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
-        now["policies"] = before["policies"] | now["policies"]
-    write_whole(path, json.dumps(now, indent=2) + "\n")
-    return now
-
-
-def is_same_policy(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether these are one policy: the path may be spelled otherwise where the files are known to be the same."""
-    before = {**asdict(PolicySpec("", "")), **before}  # settings that an older directory does not know: the default
-    if before["checkpoint"] is not None:
-        before = {**before, "path": now["path"]}
-    return before == now
-
-
-def fingerprint(checkpoint: str) -> str | None:
-    """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
-    from ...checkpoints.reader import resolve_source
-
-    source = resolve_source(checkpoint)
-    if isinstance(source, str):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(1 << 20))
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
 
 
 def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Results) -> list[Start]:

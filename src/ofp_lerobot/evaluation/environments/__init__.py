@@ -25,7 +25,7 @@ class Harness(ABC):
 
     conditions: ClassVar[tuple[str, ...]] = ("",)  # by default, of each task
     needs_instructions: ClassVar[bool] = False  # with every start
-    looks_for_starts: ClassVar[bool] = False  # which takes time
+    looks_for_starts: ClassVar[bool] = False  # in the environment, as its settings have it; that takes time
 
     @abstractmethod
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None) -> None:

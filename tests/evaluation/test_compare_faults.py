@@ -1,0 +1,85 @@
+"""What goes wrong around a comparison: no environment and no policy runs here."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ofp_lerobot.errors import UserError
+from ofp_lerobot.evaluation.closed_loop import command as compare
+from ofp_lerobot.evaluation.closed_loop import settings
+from ofp_lerobot.evaluation.closed_loop.results import read_results
+from ofp_lerobot.evaluation.closed_loop.workers import Find
+from ofp_lerobot.evaluation.episodes import Episode, Start
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Jobs end at once: every seed is a start, every episode is solved, but for what `refuse` raises or tells."""
+
+    def run_jobs(jobs, harness, count, devices, report):
+        for job in jobs:
+            if isinstance(job, Find):
+                for seed in range(job.first, job.first + job.episodes):
+                    report(Start(job.task, job.condition, seed, "go" if harness.kind == "robotwin" else None))
+                continue
+            error = world.refuse(job)
+            values = {"task": job.start.task, "condition": job.start.condition, "seed": job.start.seed}
+            values |= {"instruction": "go", "success": None if error else True, "steps": 1, "seconds": 0.0}
+            report(Episode(policy=job.policy.name, **values, error=error))
+
+    world = SimpleNamespace(output=tmp_path / "out", refuse=lambda job: None)
+    monkeypatch.setattr(compare, "run_jobs", run_jobs)
+    monkeypatch.setattr(settings, "fingerprint", str)
+    return world
+
+
+def run(world, *options, policy="name=one,path=/x,steps=1", env="metaworld", tasks="reach-v3", episodes=2):
+    chosen = [f"--policy={policy}", f"--env={env}", f"--tasks={tasks}", f"--episodes={episodes}"]
+    return compare.main([*chosen, f"--output={world.output}", *options])
+
+
+def seeds(world, name=compare.EPISODES):
+    return sorted(json.loads(line)["seed"] for line in (world.output / name).read_text().splitlines())
+
+
+def refuses(word):
+    """Of a job whose policy or environment has that setting."""
+
+    def refuse(job):
+        if word in repr(job.policy):
+            raise UserError(f"no such setting: {word}")
+
+    return refuse
+
+
+def test_a_policys_setting_that_was_refused_may_be_corrected(world, capsys):
+    world.refuse = refuses("euler")
+    assert run(world, policy="name=pi05,path=/x,steps=10,sampler=euler") == 2
+    assert run(world, policy="name=pi05,path=/x,steps=10") == 0
+    assert run(world, policy="name=pi05,path=/x,steps=1") == 2
+    assert "'pi05' was another one" in capsys.readouterr().err
+
+
+def test_nor_does_an_error_bind_a_policy(world):
+    world.refuse = lambda job: "out of memory" if job.policy.samples == 64 else None
+    assert run(world, "--max-errors=1", policy="name=one,path=/x,samples=64") == 2
+    assert run(world, policy="name=one,path=/x,samples=8") == 0
+    assert [episode.error for episode in read_results(world.output / compare.EPISODES)] == [None, None]
+
+
+def test_an_environments_setting_that_was_refused_may_be_corrected(world, capsys):
+    world.refuse = refuses("one")
+    assert run(world, "--env-option=camera=x") == 2
+    world.refuse = lambda job: None
+    assert run(world, "--env-option=camera_name=corner") == 0
+    assert run(world, "--env-option=camera_name=topview") == 2
+    assert "these episodes were played with" in capsys.readouterr().err
+
+
+def test_starts_of_an_expert_belong_to_their_environment(world, classic, capsys):
+    world.refuse = refuses("one")
+    options = {"env": "robotwin", "tasks": "adjust_bottle"}
+    assert run(world, f"--robotwin-root={classic}", **options) == 2
+    assert run(world, f"--robotwin-root={classic}", "--instruction-type=seen", **options) == 2
+    assert "the starts there were looked for with" in capsys.readouterr().err
