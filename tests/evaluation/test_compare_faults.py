@@ -83,3 +83,13 @@ def test_starts_of_an_expert_belong_to_their_environment(world, classic, capsys)
     assert run(world, f"--robotwin-root={classic}", **options) == 2
     assert run(world, f"--robotwin-root={classic}", "--instruction-type=seen", **options) == 2
     assert "the starts there were looked for with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["tasks", "conditions"])
+def test_a_task_named_twice_is_refused_before_anything_is_written(world, flag, capsys):
+    with pytest.raises(SystemExit):
+        run(world, f"--{flag}=reach-v3,push-v3,reach-v3")
+    assert f"--{flag} names reach-v3 twice" in capsys.readouterr().err
+    assert not world.output.exists()
+    assert run(world, "--tasks=reach-v3,push-v3") == 0
+    assert seeds(world) == [1000, 1000, 1001, 1001]

@@ -105,6 +105,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name the --tasks, or give --starts")
     if args.workers < 0 or (args.episodes is not None and args.episodes < 1):
         parser.error("--workers must be at least 0 and --episodes at least 1")
+    for flag in ("tasks", "conditions"):
+        if twice := [name for name, count in Counter(getattr(args, flag) or ()).items() if count > 1]:
+            parser.error(f"--{flag} names {', '.join(twice)} twice")
     if not args.devices:
         parser.error("--devices names no device: leave it out, or name some as cuda:0,cuda:1")
     return args
