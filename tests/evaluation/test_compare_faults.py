@@ -93,3 +93,14 @@ def test_a_task_named_twice_is_refused_before_anything_is_written(world, flag, c
     assert not world.output.exists()
     assert run(world, "--tasks=reach-v3,push-v3") == 0
     assert seeds(world) == [1000, 1000, 1001, 1001]
+
+
+@pytest.mark.parametrize("env", ["metaworld", "lerobot-robotwin", "quickstart"])
+def test_conditions_that_the_environment_does_not_have(world, env, tmp_path, capsys):
+    assert run(world, "--conditions=demo_clean,demo_randomized", env=env) == 2
+    assert f"--env {env} has no conditions: leave --conditions out" in capsys.readouterr().err
+    starts = tmp_path / "starts.jsonl"
+    starts.write_text(json.dumps(Start("reach-v3", "demo_randomized", 7, "go")._asdict()) + "\n")
+    assert run(world, f"--starts={starts}", env=env) == 2
+    assert "'demo_randomized'" in capsys.readouterr().err
+    assert seeds(world) == []

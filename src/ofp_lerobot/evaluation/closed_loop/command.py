@@ -160,9 +160,11 @@ def _harness_class(args: argparse.Namespace) -> type[Harness]:
 
 def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Results) -> list[Start]:
     """The frozen list, or the one of this directory, made longer where it is too short."""
-    if args.starts is not None:
-        return _frozen(args)
     kind = _harness_class(args)
+    if args.conditions and not any(kind.conditions):
+        raise UserError(f"--env {args.env} has no conditions: leave --conditions out")
+    if args.starts is not None:
+        return _frozen(args, kind)
     conditions = args.conditions or kind.conditions
     first = kind.first_seed(args.env) if args.first_seed is None else args.first_seed
     path = args.output / STARTS
@@ -194,10 +196,9 @@ def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Resu
     return chosen
 
 
-def _frozen(args: argparse.Namespace) -> list[Start]:
+def _frozen(args: argparse.Namespace, kind: type[Harness]) -> list[Start]:
     """Of --starts, what the other options leave: the first --episodes of each task and condition in its order."""
     count: Counter[tuple[str, str]] = Counter()
-    needs_instructions = _harness_class(args).needs_instructions
     chosen = []
     for start in read_starts(args.starts):
         if (
@@ -207,7 +208,12 @@ def _frozen(args: argparse.Namespace) -> list[Start]:
             or (args.episodes is not None and count[start[:2]] >= args.episodes)
         ):
             continue
-        if needs_instructions and not start.instruction:
+        if start.condition and not any(kind.conditions):
+            raise UserError(
+                f"{args.starts}: {start.task}, seed {start.seed}, has the condition {start.condition!r}, "
+                f"and --env {args.env} has no conditions"
+            )
+        if kind.needs_instructions and not start.instruction:
             raise UserError(
                 f"{args.starts}: {start.task}, seed {start.seed}, has no instruction, which {args.env} needs"
             )
