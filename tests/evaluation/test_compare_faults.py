@@ -19,11 +19,11 @@ def world(monkeypatch, tmp_path):
 
     def run_jobs(jobs, harness, count, devices, report):
         for job in jobs:
+            error = world.refuse(job)
             if isinstance(job, Find):
                 for seed in range(job.first, job.first + job.episodes):
                     report(Start(job.task, job.condition, seed, "go" if harness.kind == "robotwin" else None))
                 continue
-            error = world.refuse(job)
             values = {"task": job.start.task, "condition": job.start.condition, "seed": job.start.seed}
             values |= {"instruction": "go", "success": None if error else True, "steps": 1, "seconds": 0.0}
             report(Episode(policy=job.policy.name, **values, error=error))
@@ -44,10 +44,10 @@ def seeds(world, name=compare.EPISODES):
 
 
 def refuses(word):
-    """Of a job whose policy or environment has that setting."""
+    """Of jobs that have this word."""
 
     def refuse(job):
-        if word in repr(job.policy):
+        if word in repr(job):
             raise UserError(f"no such setting: {word}")
 
     return refuse
@@ -62,14 +62,14 @@ def test_a_policys_setting_that_was_refused_may_be_corrected(world, capsys):
 
 
 def test_nor_does_an_error_bind_a_policy(world):
-    world.refuse = lambda job: "out of memory" if job.policy.samples == 64 else None
+    world.refuse = lambda job: "out of memory" if "samples=64" in repr(job) else None
     assert run(world, "--max-errors=1", policy="name=one,path=/x,samples=64") == 2
     assert run(world, policy="name=one,path=/x,samples=8") == 0
     assert [episode.error for episode in read_results(world.output / compare.EPISODES)] == [None, None]
 
 
 def test_an_environments_setting_that_was_refused_may_be_corrected(world, capsys):
-    world.refuse = refuses("one")
+    world.refuse = refuses("Play")
     assert run(world, "--env-option=camera=x") == 2
     world.refuse = lambda job: None
     assert run(world, "--env-option=camera_name=corner") == 0
@@ -78,7 +78,7 @@ def test_an_environments_setting_that_was_refused_may_be_corrected(world, capsys
 
 
 def test_starts_of_an_expert_belong_to_their_environment(world, classic, capsys):
-    world.refuse = refuses("one")
+    world.refuse = refuses("Play")
     options = {"env": "robotwin", "tasks": "adjust_bottle"}
     assert run(world, f"--robotwin-root={classic}", **options) == 2
     assert run(world, f"--robotwin-root={classic}", "--instruction-type=seen", **options) == 2
@@ -104,3 +104,23 @@ def test_conditions_that_the_environment_does_not_have(world, env, tmp_path, cap
     assert run(world, f"--starts={starts}", env=env) == 2
     assert "'demo_randomized'" in capsys.readouterr().err
     assert seeds(world) == []
+
+
+def test_another_first_seed_is_told(world, capsys):
+    assert run(world, "--first-seed=1050") == 0
+    for options in ("--first-seed=1000",), ("--first-seed=1060",), ():  # MetaWorld's own is 1000
+        assert run(world, *options, episodes=4) == 2
+        said = capsys.readouterr().err
+        assert "from --first-seed=1050 on" in said and "--output" in said
+    assert run(world, "--first-seed=1050", episodes=4) == 0
+    assert seeds(world) == [1050, 1051, 1052, 1053]
+    report = json.loads((world.output / "report.json").read_text())
+    assert report["overall"][0]["episodes"] == 4
+
+
+def test_the_first_seed_may_be_corrected_where_nothing_was_found(world):
+    world.refuse = refuses("Find")
+    assert run(world, "--first-seed=1050") == 2
+    world.refuse = lambda job: None
+    assert run(world) == 0
+    assert seeds(world) == [1000, 1001]

@@ -19,7 +19,7 @@ from ..videos import side_by_side
 from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
-from .settings import settle
+from .settings import settle, settle_first_seed
 from .workers import Find, HarnessSpec, Play, run_jobs
 
 DEFAULT_EPISODES = 100
@@ -169,6 +169,7 @@ def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Resu
     first = kind.first_seed(args.env) if args.first_seed is None else args.first_seed
     path = args.output / STARTS
     known = _known_starts(path)
+    settle_first_seed(args.output / SETTINGS, first, known)
     episodes = args.episodes or DEFAULT_EPISODES
     jobs: list[Find | Play] = []
     for task in args.tasks:

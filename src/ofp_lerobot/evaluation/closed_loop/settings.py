@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files import write_whole
-from ..episodes import Episode
+from ..episodes import Episode, Start
 from .policies import PolicySpec
 from .workers import HarnessSpec
 
@@ -26,8 +26,8 @@ def settle(
         "harness": asdict(harness),
         "policies": {p.name: {**asdict(p), "checkpoint": fingerprint(p.path)} for p in policies},
     }
-    if path.is_file():
-        before = json.loads(path.read_text())
+    before = _read(path)
+    if before:
         played = {episode.policy for episode in episodes if episode.error is None}
         if before["harness"] != now["harness"] and (played or has_starts):
             what = "these episodes were played" if played else "the starts there were looked for"
@@ -36,8 +36,28 @@ def settle(
             if name in played and not is_same_policy(before["policies"].get(name, spec), spec):
                 raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
         now["policies"] = before["policies"] | now["policies"]
+    now = before | now
     write_whole(path, json.dumps(now, indent=2) + "\n")
     return now
+
+
+def settle_first_seed(path: Path, first: int, known: Sequence[Start]) -> None:
+    """Keeps the seed from which a directory's starts are looked for. Raises UserError where `known` begin elsewhere.
+
+    A list with a hole, or without its beginning, would be taken for "the first N from this seed on".
+    """
+    before = _read(path)
+    other = before.get("first_seed", first)
+    if known and other != first:
+        raise UserError(
+            f"{path}: the starts there were looked for from --first-seed={other} on, not from {first}: "
+            "choose another --output"
+        )
+    write_whole(path, json.dumps({**before, "first_seed": first}, indent=2) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def is_same_policy(before: dict[str, Any], now: dict[str, Any]) -> bool:
