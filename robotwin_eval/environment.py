@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -135,7 +136,9 @@ class RoboTwinHarness(Harness):
                 port=self._server.port,
                 film=frames,
             )
-            pictures = list(np.load(frames)) if frames else []
+            pictures = list(np.load(frames)) if frames and answer["filmed"] else []
+            if frames and not answer["filmed"]:
+                print(f"no film of {start.task}, seed {start.seed}: {scratch} cannot be written to", file=sys.stderr)
         chunks = [Chunk(**chunk) for chunk in answer["chunks"]]
         return Outcome(answer["success"], answer["steps"], start.instruction, chunks, pictures)
 

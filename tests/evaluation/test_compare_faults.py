@@ -1,16 +1,22 @@
 """What goes wrong around a comparison: no environment and no policy runs here."""
 
 import json
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop import command as compare
-from ofp_lerobot.evaluation.closed_loop import settings
+from ofp_lerobot.evaluation.closed_loop import settings, workers
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.results import read_results
-from ofp_lerobot.evaluation.closed_loop.workers import Find
-from ofp_lerobot.evaluation.episodes import Episode, Start
+from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, Player
+from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
+from ofp_lerobot.evaluation.videos import write_frames
+from robotwin_eval.environment import RoboTwinHarness
 
 
 @pytest.fixture
@@ -124,3 +130,55 @@ def test_the_first_seed_may_be_corrected_where_nothing_was_found(world):
     world.refuse = lambda job: None
     assert run(world) == 0
     assert seeds(world) == [1000, 1001]
+
+
+# Films
+
+PICTURE = np.zeros((64, 64, 3), np.uint8)
+
+
+def test_an_episode_outlives_its_film(tmp_path, monkeypatch, capsys):
+    player = Player(HarnessSpec("metaworld"), "cpu")
+    solved = Outcome(True, 5, "go", [], [PICTURE])
+    player._harness = SimpleNamespace(play=lambda *_, **__: solved, close=lambda: None)
+    monkeypatch.setattr(player, "_runner", lambda spec: None)
+    monkeypatch.setattr(workers, "_device_name", lambda runner: "cpu")
+    (tmp_path / "videos").write_text("in the way")
+    found = []
+    film = tmp_path / "videos/t/1/one.mp4"
+    player.do(Play(PolicySpec("one", "/x"), Start("t", "", 1), film), found.append)
+    assert [(e.success, e.steps, e.error) for e in found] == [(True, 5, None)]
+    assert f"no film {film}" in capsys.readouterr().err
+
+
+def test_no_half_film_is_left(tmp_path, monkeypatch):
+    def full(path, frames, fps):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lerobot.utils.io_utils.write_video", full)
+    with pytest.raises(OSError, match="no space"):
+        write_frames(tmp_path / "one.mp4", [PICTURE])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nor_is_the_report_lost_by_a_film(world, capsys):
+    film = world.output / "videos/reach-v3/1000"
+    film.mkdir(parents=True)
+    for name in ("one", "two"):
+        (film / f"{name}.mp4").write_text("no video")
+    assert run(world, "--videos=1", "--policy=name=two,path=/x,steps=2") == 0
+    printed = capsys.readouterr()
+    assert "no films side by side" in printed.err and "# one, two" in printed.out
+
+
+def test_robotwins_frames_that_cannot_be_written(runner, classic, tmp_path, monkeypatch, capsys):
+    missing = nullcontext(str(tmp_path / "missing"))
+    monkeypatch.setattr("robotwin_eval.environment.tempfile.TemporaryDirectory", lambda: missing)
+    harness = RoboTwinHarness("robotwin", {"root": classic, "python": sys.executable})
+    try:
+        outcome = harness.play(Start("adjust_bottle", "demo_clean", 100, "go"), runner, 0, {}, film=True)
+    finally:
+        harness.close()
+    assert outcome.steps > 0 and outcome.frames == []
+    assert "no film of adjust_bottle, seed 100" in capsys.readouterr().err

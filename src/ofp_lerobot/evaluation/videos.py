@@ -1,5 +1,6 @@
 """Episodes as videos, and the same episode under several policies side by side."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,12 +11,16 @@ FRAMES_PER_SECOND = 20
 
 
 def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
-    """frames: (h, w, 3) each."""
+    """frames: (h, w, 3) each. The file is there when all of them are in it."""
     from lerobot.utils.io_utils import write_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    write_video(path, list(frames), FRAMES_PER_SECOND)
+    scratch = path.with_name(f".{path.name}")
+    try:
+        write_video(scratch, list(frames), FRAMES_PER_SECOND)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_frames(path: Path) -> list[NDArray[np.uint8]]:

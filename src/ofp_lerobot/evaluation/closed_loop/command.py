@@ -137,7 +137,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 report = write_report(results.episodes, policies, settings, args.output, args.baseline)
     if not results.episodes:
         raise UserError(f"{args.output / EPISODES} has no episodes to report")
-    films = list(side_by_side(args.output / VIDEOS, [policy.name for policy in policies])) if args.videos else []
+    films = []
+    try:
+        if args.videos:
+            films = list(side_by_side(args.output / VIDEOS, [policy.name for policy in policies]))
+    except Exception as error:  # the report has been written
+        print(f"no films side by side: {type(error).__name__}: {error}", file=sys.stderr)
     print((args.output / "report.md").read_text())
     print(
         "\nwritten:",

@@ -6,6 +6,7 @@ process keeps the policy it has loaded as long as there are jobs for it, and a j
 
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
 import zlib
@@ -109,7 +110,10 @@ class Player:
             values |= {"instruction": start.instruction or "", "success": None, "steps": 0}
             return Episode(**values, seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {error}")
         if job.film is not None and outcome.frames:
-            write_frames(job.film, outcome.frames)
+            try:
+                write_frames(job.film, outcome.frames)
+            except Exception as error:  # the episode has been played
+                print(f"no film {job.film}: {type(error).__name__}: {error}", file=sys.stderr)
         values |= {"instruction": outcome.instruction, "success": outcome.success, "steps": outcome.steps}
         return Episode(**values, seconds=time.perf_counter() - begin, chunks=outcome.chunks)
 
