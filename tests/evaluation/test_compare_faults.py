@@ -11,7 +11,7 @@ import pytest
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop import command as compare
 from ofp_lerobot.evaluation.closed_loop import settings, workers
-from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec, read_policies
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, Player
 from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
@@ -182,3 +182,25 @@ def test_robotwins_frames_that_cannot_be_written(runner, classic, tmp_path, monk
         harness.close()
     assert outcome.steps > 0 and outcome.frames == []
     assert "no film of adjust_bottle, seed 100" in capsys.readouterr().err
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["on", "off", "no", "0.10", "1_0", "null", "07"])
+def test_a_name_is_the_text_that_was_typed(name, tmp_path):
+    spec = PolicySpec.parse_flag(f"name={name},path={name},steps=1")
+    assert (spec.name, spec.path, spec.steps) == (name, name, 1)
+    listed = tmp_path / "policies.yaml"
+    listed.write_text(f"- {{name: '{name}', path: '{name}'}}")
+    assert [(spec.name, spec.path) for spec in read_policies(listed)] == [(name, name)]
+
+
+@pytest.mark.parametrize(("name", "said"), [("on", "name is True"), ("0.10", "name is 0.1"), ("", "needs name")])
+def test_a_name_in_a_file_is_no_other_than_it_reads(name, said, tmp_path):
+    listed = tmp_path / "policies.yaml"
+    listed.write_text(f"- {{name: {name}, path: x}}")
+    with pytest.raises(UserError, match=said):
+        read_policies(listed)
+    with pytest.raises(UserError, match="needs path"):
+        PolicySpec.parse_flag("name=one,path=")
