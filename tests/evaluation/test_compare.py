@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -386,6 +387,12 @@ def test_no_initial_state_of_libero_is_played_twice(monkeypatch, tmp_path):
         harness._choose_initial_state(50)
     harness._choose_initial_state(49)
     assert environment.init_state_id == 49
+    (example,) = (line for line in compare._EPILOG.replace("\\\n", "").splitlines() if "libero" in line)
+    command, *options = shlex.split(example)
+    assert command == "ofp-compare"
+    found.clear()
+    compare.starts_to_play(compare.parse_arguments([*options, f"--output={tmp_path}"]), None, None)
+    assert [start.seed for start in found] == 2 * list(range(50))
 
 
 def test_jump():

@@ -30,7 +30,8 @@ examples:
   ofp-compare --env robotwin --robotwin-root ~/RoboTwin --robotwin-python ~/conda/envs/RoboTwin/bin/python \\
     --policy name=one,path=<ofp>,steps=1 --policy name=ten,path=<ofp>,steps=10,sampler=euler \\
     --policy name=pi05,path=<pi05>,steps=10 --tasks adjust_bottle,place_empty_cup --output outputs/compare/two
-  ofp-compare --env libero --tasks libero_spatial/0,libero_spatial/1 --policies policies.yaml --output outputs/libero
+  ofp-compare --env libero --tasks libero_spatial/0,libero_spatial/1 --episodes 50 --policies policies.yaml \\
+    --output outputs/libero
 The same command again goes on where it was stopped."""
 
 
