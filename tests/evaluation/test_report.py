@@ -40,7 +40,10 @@ def test_a_policy_without_outcomes_leaves_the_others_alone():
     report = summarise([*played("old", "easy", "10"), episode("new", "easy", 0, None)], POLICIES, SETTINGS)
     assert [(row["episodes"], row["errors"]) for row in report["overall"]] == [(0, 1), (2, 0)]
     assert report["paired"] == [{"policy": "new", "baseline": "old", "episodes": 0}]
-    markdown(report)
+    assert report["without_outcome"] == ["new"]
+    assert "Incomplete: no outcome yet of new. Rates" in markdown(report)
+    whole = summarise(played("old", "easy", "10"), POLICIES[1:], SETTINGS)
+    assert whole["without_outcome"] == [] and "Incomplete" not in markdown(whole)
 
 
 def test_each_task_has_its_difference_and_its_latency():

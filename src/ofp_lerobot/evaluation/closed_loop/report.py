@@ -54,6 +54,7 @@ def summarise(
         "policies": {name: settings["policies"][name] for name in names},
         "baseline": baseline,
         "compared": {"episodes": len(shared), "of": total},
+        "without_outcome": [name for name, solved in zip(names, outcomes, strict=True) if not solved],
         "tasks": [
             {
                 "task": task,
@@ -187,10 +188,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _incomplete(report: dict[str, Any]) -> str:
     """One sentence where policies have played different episodes; otherwise empty."""
-    compared = report["compared"]
-    if compared["episodes"] == compared["of"]:
-        return ""
-    return f"Incomplete: {compared['episodes']} of {compared['of']} episodes have an outcome for every policy."
+    compared, without = report["compared"], report["without_outcome"]
+    lacking = [f"no outcome yet of {', '.join(without)}"] if without else []
+    if compared["episodes"] < compared["of"]:
+        whom = "every other policy" if without else "every policy"
+        lacking.append(f"{compared['episodes']} of {compared['of']} episodes have an outcome for {whom}")
+    return f"Incomplete: {'; '.join(lacking)}." if lacking else ""
 
 
 def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
