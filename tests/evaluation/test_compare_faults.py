@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.evaluation import videos
 from ofp_lerobot.evaluation.closed_loop import command as compare
 from ofp_lerobot.evaluation.closed_loop import settings, workers
 from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec, read_policies
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, Player
 from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
-from ofp_lerobot.evaluation.videos import write_frames
+from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
 from robotwin_eval.environment import RoboTwinHarness
 
 
@@ -182,6 +183,37 @@ def test_robotwins_frames_that_cannot_be_written(runner, classic, tmp_path, monk
         harness.close()
     assert outcome.steps > 0 and outcome.frames == []
     assert "no film of adjust_bottle, seed 100" in capsys.readouterr().err
+
+
+def test_a_policy_that_joins_is_in_the_film(tmp_path):
+    shades = {"a": 60, "b": 120, "c": 180}
+
+    def film(name):
+        write_frames(tmp_path / f"task/1000/{name}.mp4", [np.full((64, 64, 3), shades[name], np.uint8)])
+
+    def shown(*policies):
+        (together,) = side_by_side(tmp_path, policies)
+        (picture,) = read_frames(together)
+        means = [part.mean() for part in np.split(picture, picture.shape[1] // 64, axis=1)]
+        return [min(shades, key=lambda name: abs(shades[name] - mean)) for mean in means]
+
+    film("a")
+    film("b")
+    assert shown("a", "b") == ["a", "b"]
+    film("c")
+    assert shown("a", "b", "c") == ["a", "b", "c"]
+    assert shown("c", "b") == ["c", "b"]  # all of them are older than the film
+    shades |= {"b": 220, "x": 120}
+    film("b")
+    assert shown("c", "b") == ["c", "b"]
+
+
+def test_a_film_side_by_side_is_made_once(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_frames(tmp_path / f"task/1000/{name}.mp4", [PICTURE])
+    made = list(side_by_side(tmp_path, ["a", "b"]))
+    monkeypatch.setattr(videos, "read_frames", None)
+    assert list(side_by_side(tmp_path, ["a", "b"])) == made == [tmp_path / "task/1000.mp4"]
 
 
 # Names
