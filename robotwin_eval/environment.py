@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DRIVER = Path(__file__).parent / "adapters" / "driver.py"
 CONDITIONS = ("demo_clean", "demo_randomized")
 MAX_TRIES = 20  # seeds per episode wanted, before the expert is taken to be broken
+PATIENCE_S = 5.0  # with a driver that is to end, before it is killed
 
 
 class RoboTwinHarness(Harness):
@@ -197,7 +198,7 @@ class RoboTwinHarness(Harness):
                 with contextlib.suppress(OSError):  # closing flushes what a process that is gone did not read
                     stream.close()
         try:
-            process.wait(timeout=5)
+            process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,7 +1,10 @@
 """What goes wrong around a comparison: no environment and no policy runs here."""
 
 import json
+import os
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, 
 from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
 from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
 from robotwin_eval.environment import RoboTwinHarness
+from tests.stubs import robotwin
 
 
 @pytest.fixture
@@ -214,6 +218,59 @@ def test_a_film_side_by_side_is_made_once(tmp_path, monkeypatch):
     made = list(side_by_side(tmp_path, ["a", "b"]))
     monkeypatch.setattr(videos, "read_frames", None)
     assert list(side_by_side(tmp_path, ["a", "b"])) == made == [tmp_path / "task/1000.mp4"]
+
+
+# Processes
+
+
+def hangs(root, pid):
+    """RoboTwin's process, at any seed, writes its number to a file and does not come back."""
+    base = root / "envs/_base_task.py"
+    waits = f"        open({str(pid)!r}, 'w').write(str(os.getpid()) + '\\n')\n        import time; time.sleep(600)\n"
+    base.write_text(base.read_text().replace("        self.seed = seed\n", "        self.seed = seed\n" + waits, 1))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_leaves_no_process_of_robotwin_behind(number, tmp_path, monkeypatch):
+    """Of a worker, and without one."""
+    root, pid = robotwin.build(tmp_path / "root", "classic"), tmp_path / "pid"
+    hangs(root, pid)
+    monkeypatch.setattr(settings, "fingerprint", str)
+    monkeypatch.setattr(workers, "START_METHOD", "fork")
+    monkeypatch.setattr("robotwin_eval.environment.PATIENCE_S", 0.1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            options = [f"--robotwin-root={root}", f"--robotwin-python={sys.executable}", f"--workers={number}"]
+            run(SimpleNamespace(output=tmp_path / "out"), *options, env="robotwin", tasks="adjust_bottle")
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    until(lambda: pid.is_file() and pid.read_text().endswith("\n"))
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    driver = int(pid.read_text())
+    gone = is_gone(driver)
+    if not gone:
+        os.kill(driver, signal.SIGKILL)
+    assert gone
 
 
 # Names

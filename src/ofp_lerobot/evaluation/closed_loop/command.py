@@ -20,7 +20,7 @@ from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
 from .settings import settle, settle_first_seed
-from .workers import Find, HarnessSpec, Play, run_jobs
+from .workers import Find, HarnessSpec, Play, leave, run_jobs
 
 DEFAULT_EPISODES = 100
 EPISODES, STARTS, SETTINGS, VIDEOS = "episodes.jsonl", "starts.jsonl", "settings.json", "videos"
@@ -38,7 +38,7 @@ The same command again goes on where it was stopped."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison. Returns 0; 2 after one line where it cannot be done; 130 where it was stopped."""
     args = parse_arguments(argv)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         run(args)
     except (UserError, RuntimeError, ValueError) as error:

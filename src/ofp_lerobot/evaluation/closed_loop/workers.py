@@ -142,8 +142,15 @@ def noise_seed(start: Start) -> int:
     return zlib.crc32(f"{start.task}/{start.condition}/{start.seed}".encode())
 
 
+def leave(*_: Any) -> None:
+    """Handler of SIGTERM: ends this process as an exception would, closing what it holds. A second one is ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(130)
+
+
 def _main(connection: Connection, harness: HarnessSpec, device: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison ends its workers
+    signal.signal(signal.SIGTERM, leave)
     player = Player(harness, device)
     try:
         while (job := connection.recv()) is not None:
@@ -209,6 +216,9 @@ def _workers(count: int, devices: Sequence[str | None], harness: HarnessSpec) ->
                     pass
             worker.process.terminate()
             worker.connection.close()
+        for worker in workers:  # each closes its environment
+            worker.process.join(timeout=10)
+            worker.process.kill()
 
 
 def run_jobs(
