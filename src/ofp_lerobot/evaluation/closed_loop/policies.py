@@ -38,7 +38,8 @@ class PolicySpec(Sampling):
             raise UserError(f"a policy needs {' and '.join(missing)}, as name=one,path=<checkpoint>,steps=1")
         for key in _TEXTS:
             if not isinstance(values.get(key, ""), str | None):
-                raise UserError(f"policy {values['name']!r}: {key} is {values[key]!r}, expected is text: put it in quotes")
+                found = f"{key} is {values[key]!r}"
+                raise UserError(f"policy {values['name']!r}: {found}, expected is text: put it in quotes")
         try:
             spec = cls(**values)
             kinds = {
