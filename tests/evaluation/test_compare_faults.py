@@ -273,6 +273,31 @@ def test_sigterm_leaves_no_process_of_robotwin_behind(number, tmp_path, monkeypa
     assert gone
 
 
+def test_a_seed_at_which_robotwins_process_dies_is_left_out(tmp_path, capsys):
+    """3 is unstable and 4 too hard for the stand-in's expert."""
+    root, found = robotwin.build(tmp_path / "root", "classic"), []
+    base = root / "envs/_base_task.py"
+    whole = base.read_text()
+    harness = RoboTwinHarness("robotwin", {"root": str(root), "python": sys.executable})
+
+    def dies_if(condition):
+        line = "        self.seed = seed\n"
+        base.write_text(whole.replace(line, f"{line}        {condition} and os._exit(3)\n", 1))
+
+    try:
+        dies_if("seed in (5, 6)")
+        harness.find_starts("adjust_bottle", "demo_clean", 4, 1, found.append)
+        assert [start.seed for start in found] == [1, 2, 7, 8]
+        assert "adjust_bottle, seed 5: RoboTwin's process has ended, so it is left out" in capsys.readouterr().err
+        harness.close()
+        dies_if("seed > 1")
+        with pytest.raises(UserError, match="adjust_bottle: at 3 seeds in a row RoboTwin's process has ended"):
+            harness.find_starts("adjust_bottle", "demo_clean", 4, 1, found.append)
+    finally:
+        harness.close()
+    assert [start.seed for start in found] == [1, 2, 7, 8, 1]
+
+
 # Names
 
 
