@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,10 @@ from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, 
 from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
 from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
 from robotwin_eval.environment import RoboTwinHarness
+from tests.lerobot import hub_server
 from tests.stubs import robotwin
+
+FINGERPRINT = settings.fingerprint
 
 
 @pytest.fixture
@@ -135,6 +139,29 @@ def test_the_first_seed_may_be_corrected_where_nothing_was_found(world):
     world.refuse = lambda job: None
     assert run(world) == 0
     assert seeds(world) == [1000, 1001]
+
+
+def test_another_commit_on_the_hub_is_another_policy(world, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(settings, "fingerprint", FINGERPRINT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    one = "name=one,path=user/policy,steps=1"
+    with hub_server.running() as hub, hub_server.connected(hub):
+        commit = hub.commit("user/policy", {"config.json": b"{}", "model.safetensors": b"first"})
+        assert run(world, policy=one) == run(world, policy=one, episodes=3) == 0
+        written = json.loads((world.output / compare.SETTINGS).read_text())
+        assert written["policies"]["one"]["checkpoint"] == commit.sha
+        hub.commit("user/policy", {"model.safetensors": b"second"})
+        assert run(world, policy=one, episodes=4) == 2
+        assert "'one' was another one" in capsys.readouterr().err
+        assert run(world, policy="name=one,path=user/other") == 2
+        assert "user/other" in capsys.readouterr().err
+
+
+def test_an_older_directory_does_not_know_the_hubs_commit():
+    now = {**asdict(PolicySpec("one", "user/policy")), "checkpoint": "c0ffee"}
+    assert settings.is_same_policy({**now, "checkpoint": None}, now)
+    assert not settings.is_same_policy({**now, "checkpoint": None, "path": "user/other"}, now)
+    assert not settings.is_same_policy({**now, "checkpoint": "beef"}, now)
 
 
 # Films

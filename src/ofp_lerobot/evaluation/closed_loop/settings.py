@@ -63,18 +63,29 @@ def _read(path: Path) -> dict[str, Any]:
 def is_same_policy(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether these are one policy: the path may be spelled otherwise where the files are known to be the same."""
     before = {**asdict(PolicySpec("", "")), **before}  # settings that an older directory does not know: the default
-    if before["checkpoint"] is not None:
-        before = {**before, "path": now["path"]}
-    return before == now
+    if before["checkpoint"] is None:  # of a Hub's checkpoint, as older directories have it
+        return before == {**now, "checkpoint": None}
+    return {**before, "path": now["path"]} == now
 
 
 def fingerprint(checkpoint: str) -> str | None:
-    """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
+    """Tells checkpoints apart that lie at the same path. Of one on the Hub its commit, None where it has no config.
+
+    Raises UserError where there is no such checkpoint, or the Hub cannot be reached and does not have it cached.
+    """
+    from httpx import HTTPError  # of the Hub's client
+    from huggingface_hub.constants import CONFIG_NAME
+
     from ...checkpoints.reader import resolve_source
+    from ...policies.sources import find_file
 
     source = resolve_source(checkpoint)
     if isinstance(source, str):
-        return None
+        try:
+            config = find_file(source, CONFIG_NAME)
+        except (FileNotFoundError, ValueError, HTTPError) as error:
+            raise UserError(error) from error
+        return None if config is None else config.parent.name  # .../snapshots/<commit>/config.json
     digest = hashlib.sha256()
     for file in sorted(path for path in source.iterdir() if path.is_file()):
         with file.open("rb") as stream:
