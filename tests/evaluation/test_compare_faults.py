@@ -141,6 +141,13 @@ def test_the_first_seed_may_be_corrected_where_nothing_was_found(world):
     assert seeds(world) == [1000, 1001]
 
 
+def test_a_report_of_nothing_leaves_no_directory(world, capsys):
+    assert run(world, "--report-only") == 2
+    assert f"--output {world.output} has no episodes.jsonl" in capsys.readouterr().err
+    assert not world.output.exists()
+    assert run(world) == run(world, "--report-only") == 0
+
+
 def test_another_commit_on_the_hub_is_another_policy(world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(settings, "fingerprint", FINGERPRINT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

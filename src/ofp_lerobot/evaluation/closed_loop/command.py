@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.baseline and args.baseline not in {policy.name for policy in policies}:
         raise UserError(f"--baseline {args.baseline}: there is no such policy")
     harness = _harness(args)
+    if args.report_only and not (args.output / EPISODES).is_file():
+        raise UserError(f"--output {args.output} has no {EPISODES} to report")
     with open_results(args.output / EPISODES) as results:
         has_starts = _harness_class(args).looks_for_starts and bool(_known_starts(args.output / STARTS))
         settings = settle(args.output / SETTINGS, policies, harness, results.episodes, has_starts=has_starts)
