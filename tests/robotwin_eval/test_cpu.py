@@ -3,9 +3,11 @@
 import argparse
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,10 +60,13 @@ class Base_Task:
         pass
 """
 COLLECT = """
-import importlib
+import importlib, time
 def class_decorator(task_name):
     return getattr(importlib.import_module(f"envs.{task_name}"), task_name)()
 def main(task_name, task_config):
+    if task_config == "slow":
+        print("slow", flush=True)
+        time.sleep(600)
     run(class_decorator(task_name), {"episode_num": 50, "broken": task_config == "broken"})
 def run(TASK_ENV, args):
     seed = found = 0
@@ -293,6 +298,51 @@ def test_a_task_whose_every_scene_fails_ends(script):
     done = script("collect", "task", "broken")
     assert done.returncode != 0
     assert "none of 50 scenes in a row; the last error: FileNotFoundError: no mesh" in done.stderr
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", [["collect", "task"], ["check"]])
+def test_a_command_that_is_ended_leaves_nothing(root, robot, tmp_path, command):
+    """RoboTwin's Python, which SIGTERM does not reach, is ended too; so is the scratch directory."""
+    checkout.prepare(root, robot)
+    python, pid, scratch = tmp_path / "python", tmp_path / "pid", tmp_path / "scratch"
+    scratch.mkdir()
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 600\n")
+    python.chmod(0o755)
+    (tmp_path / "libvulkan_lvp.so").touch()
+    places = {"ROBOTWIN_ROOT": root, "ROBOTWIN_PYTHON": python, "ROBOTWIN_VULKAN": tmp_path, "TMPDIR": scratch}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robotwin_eval.cpu", *command],
+        env={**os.environ, **{name: str(place) for name, place in places.items()}},
+        stdout=subprocess.DEVNULL,
+    )
+    while not pid.exists() and process.poll() is None:
+        time.sleep(0.1)
+    assert any(scratch.glob("ofp_vulkan_*"))
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not is_alive(int(pid.read_text())) and not any(scratch.glob("ofp_vulkan_*"))
+
+
+def test_robotwins_python_clears_up_when_it_is_ended(script, root, tmp_path):
+    (tmp_path / "site/imageio_ffmpeg.py").write_text("def get_ffmpeg_exe():\n    return '/bin/true'\n")
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS), "--root", str(root), "collect", "task", "slow"],
+        env={**os.environ, "PATH": str(tmp_path), "TMPDIR": str(tmp_path / "scratch")},
+        stdout=subprocess.PIPE,
+    )
+    assert any(line == b"slow\n" for line in process.stdout)
+    assert any((tmp_path / "scratch").glob("ofp_ffmpeg_*"))
+    process.terminate()
+    assert process.wait(60) == 143 and not any((tmp_path / "scratch").glob("ofp_ffmpeg_*"))
 
 
 def test_two_collections_of_one_task_do_not_mix(script, root):
