@@ -14,6 +14,7 @@ import pytest
 
 from ofp_lerobot.errors import UserError
 from robotwin_eval.adapters.cpu.probe import PACKAGES
+from robotwin_eval.adapters.install import install
 from robotwin_eval.cpu import checkout
 from robotwin_eval.cpu.__main__ import main
 from robotwin_eval.cpu.launch import SCRIPTS, environment, vulkan_variables
@@ -182,6 +183,71 @@ def test_prepared_and_undone(root, robot):
     assert (root / "task_config/demo_cpu.yml").read_text().endswith(clean)
     assert {name: text for name, text in files(root).items() if name in before} == before
     assert checkout.undo(root) > 0
+    assert files(root) == before
+
+
+def test_preparing_keeps_the_adapter_that_is_there(root, robot):
+    """Changed, linked, or of an earlier version: what `prepare` did not write is the user's."""
+    install(root, link=True)
+    settings = root / "policy/OFP/deploy_policy.yml"
+    settings.unlink()
+    settings.write_text("policy_port: 19000\n")
+    (root / "policy/OFP/wire.py").unlink()
+    before = files(root)
+    added = checkout.prepare(root, robot)
+    assert "policy/OFP" in added and (root / "policy/OFP/wire.py").is_file()
+    assert settings.read_text() == "policy_port: 19000\n" and (root / "policy/OFP/client.py").is_symlink()
+    checkout.undo(root)
+    assert files(root) == before and (root / "policy/OFP/client.py").is_symlink()
+
+
+def test_an_update_of_this_package_is_undone_too(root, robot, tmp_path, monkeypatch):
+    before = files(root)
+    checkout.prepare(root, robot)
+    (root / "policy/OFP/deploy_policy.yml").write_text("policy_port: 19000\n")
+    target, sources = checkout.adapter_of(root)
+    newer = [Path(shutil.copy(source, tmp_path)) for source in sources]
+    for source in newer:
+        source.write_text(source.read_text() + "# a later version\n")
+    monkeypatch.setattr(checkout, "adapter_of", lambda root: (target, newer))
+    assert checkout.prepare(root, None) == ["policy/OFP"]
+    assert (target / "client.py").read_text().endswith("# a later version\n")
+    assert (target / "deploy_policy.yml").read_text() == "policy_port: 19000\n"
+    checkout.undo(root)
+    left = {name: text for name, text in files(root).items() if text}  # of the files
+    assert left.pop("policy/OFP/deploy_policy.yml") == b"policy_port: 19000\n"
+    assert left == {name: text for name, text in before.items() if text}
+
+
+def test_where_preparing_is_refused_nothing_was_written(root, robot):
+    (root / "policy/OFP").mkdir()
+    (root / "policy/OFP/mine.py").touch()
+    before = files(root)
+    with pytest.raises(UserError, match="not this adapter: move it away"):
+        checkout.prepare(root, robot)
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("last", [1, 5, 9, 15])
+def test_preparing_that_was_broken_off(root, robot, monkeypatch, last, goes_on):
+    """Within the robot's files, the lists and the adapter: the same command goes on, and `undo` knows what is there."""
+    before, replace, done = files(root), os.replace, []
+
+    def broken(source, target):
+        if len(done) == last:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(KeyboardInterrupt):
+        checkout.prepare(root, robot)
+    monkeypatch.undo()
+    if goes_on:
+        checkout.prepare(root, robot)
+        assert not missing(checkout.check_checkout(root))
+    checkout.undo(root)
     assert files(root) == before
 
 
