@@ -243,7 +243,7 @@ def toy(report: dict[str, Any]) -> list[str]:
     def cell(values: Sequence[float], digits: int, deviation: float | None = None) -> str:
         deviation = stdev(values) if deviation is None and len(values) > 1 else deviation
         spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
-        return f"{fmean(values):.{digits}f}{spread}".replace("0.", ".")
+        return re.sub(r"\b0\.", ".", f"{fmean(values):.{digits}f}{spread}")
 
     order = {each: i for i, each in enumerate(dict.fromkeys(map(case, report["rows"])))}
     rows = []

@@ -20,10 +20,9 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from ofp_lerobot.evaluation.pools import process_pool
 from ofp_lerobot.flow_map.ema import TEACHER_DECAY, copy_weights, update_ema
 from ofp_lerobot.flow_map.path import Velocity, sample_chunk
 from ofp_lerobot.flow_map.randomness import folded_generator
@@ -271,7 +271,7 @@ def run_seeds(args: argparse.Namespace) -> Iterator[tuple[int, dict[Case, Qualit
         for seed in range(args.seeds):
             yield seed, run_seed(seed, args)
         return
-    with ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (1,)) as workers:
+    with process_pool(args.processes, torch.set_num_threads, 1) as workers:
         runs = {workers.submit(run_seed, seed, args): seed for seed in range(args.seeds)}
         for run in as_completed(runs):
             yield runs[run], run.result()

@@ -11,12 +11,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
     parser.add_argument("--policy", choices=("pi05", "smolvla"), default="pi05", help="the small network's shape")
     parser.add_argument(
-        "--output", type=Path, help="outputs/quickstart, with another policy outputs/quickstart_<policy>"
+        "--output",
+        type=Path,
+        help="outputs/quickstart, with another policy outputs/quickstart_<policy>, with --smoke …_smoke",
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: the numbers mean nothing")
     arguments = parser.parse_args()
     usual = "quickstart" if arguments.policy == "pi05" else f"quickstart_{arguments.policy}"
-    output = arguments.output or Path("outputs") / usual
+    output = arguments.output or Path("outputs") / (f"{usual}_smoke" if arguments.smoke else usual)
 
     # Before anything reads it, here and in the processes started from here, which import this module: so imports wait.
     threads = str(max(1, (os.cpu_count() or 2) // 2))

@@ -6,9 +6,7 @@ some episodes what is executed is noisy, which shows the policy how to recover. 
 demonstrator's all the same.
 """
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +27,7 @@ from ofp_lerobot.evaluation.environments.metaworld import (
 )
 from ofp_lerobot.evaluation.environments.pillar import TASK, AroundPillar, Pillar, side_of
 from ofp_lerobot.evaluation.environments.quickstart import ACTION_REPEAT, CAMERA, IMAGE_SIZE, MAX_STEPS
+from ofp_lerobot.evaluation.pools import process_pool
 
 ACTION = "action"
 REPO_ID = "local/quickstart"
@@ -117,10 +116,7 @@ def record(recording: Recording, root: Path, processes: int) -> Iterator[int]:
         REPO_ID, STEP_RATE // recording.action_repeat, features, root=root, use_videos=False
     )
     prompt = description(recording.task)
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(recording,)
-    )
-    with pool:
+    with process_pool(processes, _start_worker, recording) as pool:
         for index, episode in enumerate(pool.map(_record_episode, range(recording.episodes))):
             if not episode.solved:
                 raise RuntimeError(

@@ -1,7 +1,6 @@
 """The stages in order. What was finished with the same settings is not done again."""
 
 import json
-import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from ofp_lerobot.evaluation.environments.metaworld import description
+from ofp_lerobot.evaluation.pools import process_pool
 from ofp_lerobot.evaluation.stages import is_done, made_by, plain, seconds_taken, stage
 from ofp_lerobot.inference.sampling import Sampling
 
@@ -69,7 +69,7 @@ class Quickstart:
         self.train_base()
         with (
             ThreadPoolExecutor(PROCESSES) as threads,
-            ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as workers,
+            process_pool(PROCESSES) as workers,
         ):
             branches = [threads.submit(self.train_branch, OFP, 0), threads.submit(self._flow_matching_branch, workers)]
             for branch in branches:

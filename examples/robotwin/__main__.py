@@ -16,7 +16,9 @@ from ofp_lerobot.errors import UserError
 def main() -> int:
     """Returns 0, or 2 after one line on stderr where it cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m examples.robotwin", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/robotwin_cpu"))
+    parser.add_argument(
+        "--output", type=Path, help="default outputs/robotwin_cpu, with --smoke outputs/robotwin_cpu_smoke"
+    )
     parser.add_argument("--tasks", default="stack_blocks_two,handover_block", help="default %(default)s")
     parser.add_argument("--demonstrations", type=at_least(1), help="of each task (default 50)")
     parser.add_argument("--episodes", type=at_least(1), help="of each task and policy in the comparison (default 50)")
@@ -34,8 +36,9 @@ def main() -> int:
         settings = Settings(demonstrations=1, episodes=1, training=training)
     given = {"demonstrations": arguments.demonstrations, "episodes": arguments.episodes}
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    output = arguments.output or Path("outputs") / ("robotwin_cpu_smoke" if arguments.smoke else "robotwin_cpu")
     try:
-        run(arguments.tasks.split(","), settings, arguments.output.resolve(), arguments.until)
+        run(arguments.tasks.split(","), settings, output.resolve(), arguments.until)
     except UserError as error:
         print(f"examples.robotwin: {error}", file=sys.stderr)
         return 2

@@ -639,11 +639,16 @@ def test_each_dimension_is_followed_or_not():
 
 
 @pytest.mark.parametrize(
-    ("source", "weights", "name"),
+    ("source", "weights", "data", "name"),
     [
-        ("outputs/train/run/checkpoints/000010/pretrained_model", "student", "run-000010"),
-        ("user/policy", "teacher", "user-policy-teacher"),
+        ("outputs/train/run/checkpoints/last/pretrained_model", "student", "user/data", "train-run-000010-on-data"),
+        ("outputs/other/run/checkpoints/last/pretrained_model", "student", "user/data", "other-run-000010-on-data"),
+        ("user/policy", "teacher", "some/where/mine", "user-policy-teacher-on-mine"),
     ],
 )
-def test_output_name(source, weights, name):
-    assert report.output_name(source, weights) == name
+def test_output_name(source, weights, data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("train", "other"):
+        (tmp_path / "outputs" / run / "run/checkpoints/000010/pretrained_model").mkdir(parents=True)
+        (tmp_path / "outputs" / run / "run/checkpoints/last").symlink_to("000010")
+    assert report.output_name(source, weights, data) == name

@@ -10,6 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from ofp_lerobot.evaluation.statistics import (
     Pairs,
+    clustered_interval,
     mcnemar_p,
     mcnemar_power,
     paired_interval,
@@ -112,3 +113,29 @@ def test_pairs_want_the_same_episodes():
     assert Pairs.of([True, True, False, False], [True, False, True, False]) == Pairs(1, 1, 1, 1)
     with pytest.raises(ValueError):
         Pairs.of([True], [])
+
+
+def coins(rng, groups, n, deviation):
+    """Paired differences of −1, 0 and 1 around 0, whose mean has `deviation` from group to group."""
+    lead = rng.normal(0, deviation, size=(groups, 1)) / 2
+    draw = rng.random((groups, n))
+    return (draw < 0.1 + lead).astype(int) - (draw > 0.9 + lead)
+
+
+@pytest.mark.parametrize(("groups", "deviation"), [(24, 0.0), (24, 0.05), (3, 0.05)])
+def test_clustered_interval_holds_the_truth_as_often_as_it_says(groups, deviation):
+    rng = np.random.default_rng(0)
+    found = [clustered_interval(coins(rng, groups, 50, deviation)) for _ in range(500)]
+    assert 0.93 <= np.mean([low <= 0 <= high for low, high in found]) <= 0.99
+
+
+def test_clustered_interval_of_independent_samples_is_that_of_their_mean():
+    differences = coins(np.random.default_rng(1), 24, 50, 0.0)
+    low, high = clustered_interval(differences)
+    assert high - low == pytest.approx(3.92 * differences.std() / sqrt(differences.size), rel=0.2)
+    low, high = clustered_interval([differences.ravel()])
+    assert high - low == pytest.approx(3.92 * differences.std() / sqrt(differences.size), rel=0.01)
+    # Groups that are alike by chance say no more than their samples.
+    alike = np.tile([1, 0, 0, -1] * 5, (3, 1))
+    low, high = clustered_interval(alike)
+    assert high - low == pytest.approx(3.92 * alike.std() / sqrt(alike.size), rel=0.05)

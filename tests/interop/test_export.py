@@ -395,7 +395,8 @@ def test_refusals(trained, dataset, tokenizer, tmp_path, capsys):
         return capsys.readouterr().err
 
     out = f"--output={tmp_path / 'out'}"
-    assert "--asset-id" in refusal(trained, out, "--steps=1")  # this run has no train_config.json
+    message = refusal(trained, out, "--steps=1")  # this run has no train_config.json
+    assert "--asset-id" in message and "--layout lerobot" in message
     small_one = runs.ofp_checkpoint(tmp_path / "tiny", dataset, tokenizer)
     assert "no network of this size" in refusal(small_one, out, "--steps=1", "--layout=lerobot")
     assert "no teacher" in refusal(small_one, out, "--steps=1", "--layout=lerobot", "--weights=teacher")

@@ -1,4 +1,4 @@
-"""RoboTwin's own simulator, on a CPU, by the commands of docs/robotwin-cpu.md. About five minutes on two free cores.
+"""RoboTwin's own simulator, on a CPU, through the commands of docs/robotwin-cpu.md. About five minutes on two cores.
 
 Runs where `python -m robotwin_eval.cpu check` says "ready", with ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed,
 ROBOTWIN_VULKAN set. The checkout itself is not written to.

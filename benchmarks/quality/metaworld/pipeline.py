@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from ofp_lerobot.evaluation.pools import process_pool
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, made_by, seconds_taken, stage
 from ofp_lerobot.inference.sampling import Sampling
@@ -121,7 +121,7 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """Does what is missing and returns the report, which it also writes."""
         *stages, latency = self._stages().items()
-        with ProcessPoolExecutor(self.processes, get_context("spawn")) as workers:
+        with process_pool(self.processes) as workers:
             for name, jobs in stages:
                 self._work(workers, name, jobs)
         self._work(None, *latency)  # alone on the machine, as far as this run goes

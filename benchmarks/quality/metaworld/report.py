@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ofp_lerobot.evaluation.environments.pillar import left_share
-from ofp_lerobot.evaluation.statistics import bootstrap_interval, wilson_interval
+from ofp_lerobot.evaluation.statistics import bootstrap_interval, clustered_interval, wilson_interval
 from ofp_lerobot.evaluation.tables import markdown_table
 from ofp_lerobot.inference.sampling import Sampling
 
@@ -80,19 +80,13 @@ def pairs_of(a: Row, b: Row) -> dict[str, Any]:
     return {key: np.subtract(a["solved"][key], b["solved"][key]) for key in a["solved"] if key in b["solved"]}
 
 
-def paired_difference(a: Row, b: Row, resamples: int = 10_000) -> tuple[float, float, float]:
+def paired_difference(a: Row, b: Row) -> tuple[float, float, float]:
     """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and, for as many
-    samples, noise.
-
-    A bootstrap over seeds and tasks, whose episodes share a training, and within each over its episodes.
+    samples, noise. The groups of `clustered_interval` are a seed's episodes of one task.
     """
     pairs = list(pairs_of(a, b).values())
-    rng = np.random.default_rng(0)
-    groups = rng.integers(len(pairs), size=(resamples, len(pairs)))
-    # The mean of n episodes drawn with replacement, for every group and resample at once.
-    means = np.stack([rng.choice(pair, size=(resamples, len(pair))).mean(axis=1) for pair in pairs], axis=1)
-    low, high = np.quantile(np.take_along_axis(means, groups, axis=1).mean(axis=1), [0.025, 0.975])
-    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+    low, high = clustered_interval(pairs)
+    return float(np.mean([pair.mean() for pair in pairs])), max(low, -1.0), min(high, 1.0)
 
 
 def seed_differences(a: Row, b: Row) -> list[float]:

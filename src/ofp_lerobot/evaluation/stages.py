@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..files import write_whole
 from .provenance import provenance
 
 STAMP = "stamp.json"
@@ -50,4 +51,4 @@ def stage(directory: Path, settings: Any) -> Iterator[None]:
     start = perf_counter()
     yield
     stamp = {"settings": plain(settings), "seconds": round(perf_counter() - start, 1), "provenance": provenance()}
-    (directory / STAMP).write_text(json.dumps(stamp, indent=2))
+    write_whole(directory / STAMP, json.dumps(stamp, indent=2))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, binomtest, norm, t
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 
@@ -44,6 +44,25 @@ def bootstrap_interval(
     found = statistic(*(sample[drawn] for sample in samples))
     low, high = np.quantile(found, (0.025, 0.975))
     return Interval(float(low), float(high))
+
+
+def clustered_interval(groups: Sequence[NDArray[np.number]]) -> Interval:
+    """95 % interval of the mean over groups of samples that belong together, by Student's t over the groups' means.
+
+    It is never narrower than what the samples within the groups allow: three groups can be alike by chance. One group's
+    interval is that of its samples.
+
+    Args:
+        groups: (n,) each, of one size or nearly; such as the paired differences of a training's episodes.
+    """
+    count = len(groups)
+    means = [float(group.mean()) for group in groups]
+    within = sqrt(sum(float(group.var(ddof=1)) / len(group) for group in groups if len(group) > 1)) / count
+    half = float(norm.ppf(0.975)) * within
+    if count > 1:
+        half = max(half, float(t.ppf(0.975, count - 1)) * float(np.std(means, ddof=1)) / sqrt(count))
+    mean = float(np.mean(means))
+    return Interval(mean - half, mean + half)
 
 
 class Pairs(NamedTuple):

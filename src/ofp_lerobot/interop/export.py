@@ -1,6 +1,8 @@
 """`ofp-export`: K steps of a checkpoint of ours as a plain stock policy, for LeRobot and, of a π₀.₅, for openpi."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -59,9 +61,10 @@ def export(
     if layout != "lerobot" and kind != "ofp":
         raise UserError(f"openpi's layout is for `ofp` alone, {source} is of type {kind!r}: give --layout lerobot")
     if layout != "lerobot":
-        asset_id = trained_on(source) if asset_id is None else asset_id
-        refuse_asset_id(asset_id)
-        refuse_unsayable(config)
+        with _openpi_is_a_choice():
+            asset_id = trained_on(source) if asset_id is None else asset_id
+            refuse_asset_id(asset_id)
+            refuse_unsayable(config)
     for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
         if getattr(config, name) != plain:
             logger.warning("%s=%s does not carry over to a stock policy", name, getattr(config, name))
@@ -74,7 +77,8 @@ def export(
     config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
     config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
     size = config.output_features[ACTION].shape[0]
-    processors = read_processors(source, size, for_openpi=layout != "lerobot")
+    with nullcontext() if layout == "lerobot" else _openpi_is_a_choice():
+        processors = read_processors(source, size, for_openpi=layout != "lerobot")
     if layout != "lerobot" and not processors.pillow:
         logger.warning("%s was %s", source, OTHER_RESIZING)
     policy = load_policy(source, config, which)
@@ -133,6 +137,15 @@ def export(
             (part / "README.md").write_text(text)
             found += proven
     return found
+
+
+@contextmanager
+def _openpi_is_a_choice() -> Iterator[None]:
+    """Errors of what openpi's layout asks for say how to do without it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}. (--layout lerobot exports for LeRobot alone, and asks nothing of openpi)") from error
 
 
 def _folded(policy: VLAPolicy, steps: int) -> dict[str, Tensor]:

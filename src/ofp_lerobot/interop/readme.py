@@ -110,7 +110,7 @@ for module in policy._model.modules():
 
 
 class Origin(NamedTuple):
-    """What was exported: the checkpoint as the user named it, "student" or "teacher" weights, and the number of steps."""
+    """What was exported: the checkpoint as the user named it, "student" or "teacher" weights, the number of steps."""
 
     checkpoint: str
     weights: str

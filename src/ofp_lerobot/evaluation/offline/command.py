@@ -65,8 +65,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="observations at once (default 8)")
     parser.add_argument("--latency-calls", type=at_least(0), default=20, help="timed calls, 0 is off (default 20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="default outputs/check/<checkpoint>.json")
-    parser.add_argument("--plot", type=Path, help="default outputs/check/<checkpoint>.png")
+    parser.add_argument("--json", type=Path, help="default outputs/check/<checkpoint>-on-<dataset>.json")
+    parser.add_argument("--plot", type=Path, help="default outputs/check/<checkpoint>-on-<dataset>.png")
     args = parser.parse_args(argv)
     if args.dataset is None and args.root is None:
         parser.error("name the dataset: --dataset <directory or Hub id>")
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result["verdicts"] = verdict.judge(result) + verdict.judge_sharpness(result)
     result["limits"] = [*notes, *verdict.limits(result)]
     result["versions"] = {name: version(name) for name in ("lerobot", "lerobot_policy_ofp", "torch")}
-    name = report.output_name(str(source), args.weights)
+    name = report.output_name(str(source), args.weights, str(dataset.root or metadata.repo_id))
     json_path = args.json or Path("outputs/check") / f"{name}.json"
     plot_path = args.plot or Path("outputs/check") / f"{name}.png"
     for path in (json_path, plot_path):

@@ -19,11 +19,19 @@ _LABEL, _CELL = 44, 19
 _NOTHING = "n/a"
 
 
-def output_name(source: str, weights: str) -> str:
-    """A file name that says which checkpoint: its run, step and weights, or its Hub id."""
-    parts = [p for p in Path(source).parts if p not in ("/", "checkpoints", "pretrained_model")]
-    name = re.sub(r"[^\w.]+", "-", "-".join(parts[-2:])).strip("-.") or "policy"
-    return name if weights == "student" else f"{name}-{weights}"
+def output_name(source: str, weights: str, data: str) -> str:
+    """A file name that says what was checked: the run's directories, its step, the weights and the dataset.
+
+    A checkpoint in a directory is named by its path from here, or by the last five parts of it. `last` is the step that it
+    stands for.
+    """
+    path = Path(source)
+    if path.is_dir():
+        whole, here = path.resolve(), Path.cwd()
+        path = whole.relative_to(here) if whole.is_relative_to(here) else Path(*whole.parts[-5:])
+    parts = [p for p in path.parts if p not in ("/", "outputs", "checkpoints", "pretrained_model")]
+    parts += [weights] * (weights != "student") + ["on", Path(data).name]
+    return re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-.")
 
 
 def table(result: dict[str, Any]) -> str:
