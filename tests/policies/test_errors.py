@@ -7,11 +7,15 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import ACTION
+from lerobot.utils.device_utils import auto_select_torch_device
 from safetensors.torch import load_file, save_file
 
 from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
+from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import small
+from tests.kinds import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +175,30 @@ def test_absent_gpu(monkeypatch):
     config = small.ofp_config(device="cuda")
     with pytest.raises(ValueError, match="device 'cuda' is not available.*--policy.device=cpu"):
         OFPPolicy(config)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "ofp_unet"])
+def test_a_checkpoint_of_another_machine(name, monkeypatch, tmp_path):
+    """Its config.json says where it was trained. Nobody asked for that here, so it loads, with LeRobot's warning."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    unet = {"down_dims": (8, 16), "diffusion_step_embed_dim": 8, "device": "cpu", **small.features(cameras=())}
+    policy = OFPUnetPolicy(OFPUnetConfig(**unet)) if name == "ofp_unet" else KINDS[name].policy()
+    policy.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "device": "cuda"}))
+    load = type(policy).from_pretrained
+    there = auto_select_torch_device().type
+    assert load(tmp_path).config.device == there  # as LeRobot's async server does
+    assert load(tmp_path, config=PreTrainedConfig.from_pretrained(tmp_path)).config.device == there
+    for asked in (["--device=cuda"], ["--device", "cuda"]):
+        config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=asked)
+        with pytest.raises(ValueError, match=f"device 'cuda' is not available.*--policy.device={there}"):
+            load(tmp_path, config=config)
+    config.device = "cpu"
+    assert load(tmp_path, config=config).config.device == "cpu"
+    config.device = "cuda"
+    with pytest.raises(ValueError, match=f"device 'cuda' is not available.*--policy.device={there}"):
+        load(tmp_path, config=config)
 
 
 def test_another_robots_actions(saved):
