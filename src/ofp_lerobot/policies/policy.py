@@ -37,6 +37,10 @@ from .training_state import TrainingState, resumed_from, resumed_state, save_tra
 logger = logging.getLogger(__name__)
 
 _PAD = "action_is_pad"  # LeRobot's mark of chunk steps past the episode's end
+_NOT_FINITE = (
+    "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset (its "
+    "observation.state too) and its statistics, and --policy.optimizer_lr"
+)
 _TRAIN, _EVALUATE, _MONITOR = 0, 1, 2  # streams of randomness
 
 
@@ -97,6 +101,9 @@ class FlowMapPolicy(PreTrainedPolicy):
     # Training
 
     def _save_training_state(self, directory: Path) -> None:
+        """Raises ValueError where the last loss was not finite: LeRobot has not yet written the weights it left."""
+        if not self._scalars.last().get("finite", True):
+            raise ValueError(_NOT_FINITE)
         path = state_path(directory)
         if path is not None and self._seed is not None:
             save_training_state(path, TrainingState(self.teacher_weights or {}, self._step, self._seed))
@@ -117,7 +124,7 @@ class FlowMapPolicy(PreTrainedPolicy):
 
         Padded steps (`action_is_pad`) and padded action dimensions do not enter. Outside training mode the noise is
         the same at every evaluation. Raises ValueError where actions are not finite; on a GPU one call late, until
-        when they are masked.
+        when they are masked, or where a checkpoint is written before.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
@@ -234,10 +241,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         # Evaluation batches log other names, and are rare: they wait for their own.
         logs = (self._scalars if self.training else LaggingScalars()).read(scalars)
         if not logs.pop("finite"):
-            raise ValueError(
-                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset (its "
-                "observation.state too) and its statistics, and --policy.optimizer_lr"
-            )
+            raise ValueError(_NOT_FINITE)
         ratio, (low, high) = logs.get("one_step_std_ratio"), HEALTHY_STD_RATIO
         if ratio is not None:
             healthy = low <= ratio <= high
