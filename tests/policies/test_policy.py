@@ -108,6 +108,16 @@ def test_every_objective_trains_the_policy(objective, name):
     policy.update()
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("objective", [name for name, each in OBJECTIVES.items() if each.differentiates])
+def test_objectives_that_differentiate_forward_train_under_autocast(objective, name):
+    policy = KINDS[name].policy(objective=objective, branch=0.2)
+    policy.train()
+    with torch.autocast("cpu"):
+        policy(small.batch(2))[0].backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.get_optim_params() if p.grad is not None)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_network_differentiates_forward_as_its_finite_difference(attention):
     """What MeanFlow needs of it: du/dt along a direction, and gradients of u meanwhile."""
