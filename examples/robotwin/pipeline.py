@@ -1,5 +1,6 @@
 """The stages of a task, and the tasks side by side."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from examples.quickstart.demonstrations import REPO_ID
 from examples.quickstart.training import Training, base_flags, branch_flags, checkpoint, lerobot_train, pi05
 from ofp_lerobot.errors import UserError
-from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
+from ofp_lerobot.evaluation.stages import STAMP, is_done, seconds_taken, stage
 from robotwin_eval.cpu.checkout import CONFIG, require
 from robotwin_eval.data.convert import INSTRUCTIONS, convert
 
@@ -57,10 +58,10 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(STAGES[name], jobs))
     for job in jobs:
-        for stamp in sorted(job.output.rglob("stamp.json")):
+        for stamp in sorted(job.output.rglob(STAMP)):
             print(f"{job.task}, {stamp.parent.relative_to(job.output)}: {seconds_taken(stamp.parent) / 60:.1f} minutes")
         if until == "compare":
-            print((job.output / "compare/report.md").read_text())
+            print((job.comparison / "report.md").read_text())
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class Job:
 
     def run_of(self, name: str) -> Path:
         return self.output / "train" / name / "run"
+
+    @property
+    def comparison(self) -> Path:
+        """Of the two checkpoints that are there now: those of another training are other policies."""
+        digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
+        return self.output / "compare" / digest.hexdigest()[:8]
 
     def bar(self, what: str, total: int) -> tqdm:
         return tqdm(desc=f"{what} {self.task}", total=total, position=self.position)
@@ -133,7 +140,7 @@ def _train(job: Job, name: str, flags: dict[str, object], of_base: dict[str, obj
 
 def compare(job: Job) -> None:
     """`ofp-compare`, which goes on where it was interrupted."""
-    output, episodes = job.output / "compare", job.settings.episodes
+    output, episodes = job.comparison, job.settings.episodes
     command = [str(Path(sys.executable).with_name("ofp-compare")), "--env=robotwin", "--robotwin-cpu"]
     command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={BASELINE}", f"--output={output}"]
     command += ["--instruction-type=seen", "--devices=cpu", "--videos=2"]

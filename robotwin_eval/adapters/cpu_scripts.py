@@ -9,6 +9,7 @@ import fcntl
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -141,6 +142,7 @@ def expert(task, config, seeds):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what atexit removes is removed
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
     parser.add_argument("--shadows", action="store_true")

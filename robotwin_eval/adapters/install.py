@@ -7,7 +7,7 @@ from typing import Literal
 
 NAME = "OFP"
 _HERE = Path(__file__).parent
-_SHARED = ("client.py", "observation.py", "wire.py")
+_SHARED = ("observation.py", "client.py", "wire.py")  # the first tells this adapter from another of its name
 
 Layout = Literal["classic", "current"]
 
@@ -23,8 +23,8 @@ def layout_of(root: Path) -> Layout:
     )
 
 
-def install(root: Path, *, link: bool = False) -> Path:
-    """Copies (or links) the adapter that the checkout's layout wants; returns its new directory.
+def adapter_of(root: Path) -> tuple[Path, list[Path]]:
+    """Where the adapter that the checkout's layout wants goes, and the files that it consists of.
 
     Raises ValueError where `root` is no checkout, its XPolicyLab submodule is empty, or something else is in the way.
     """
@@ -36,9 +36,17 @@ def install(root: Path, *, link: bool = False) -> Path:
         if not (lab / "setup_policy_server.py").is_file():
             raise ValueError(f"{lab} is empty: run `git submodule update --init XPolicyLab` in {root}")
         source, target = _HERE / "xpolicylab" / NAME, lab / "policy" / NAME
-    files = [path for path in source.iterdir() if path.is_file()] + [_HERE / "common" / name for name in _SHARED]
-    if target.exists() and not (target / "observation.py").exists():
+    if target.exists() and any(target.iterdir()) and not (target / _SHARED[0]).exists():
         raise ValueError(f"{target} exists and is not this adapter: move it away")
+    return target, [_HERE / "common" / name for name in _SHARED] + sorted(p for p in source.iterdir() if p.is_file())
+
+
+def install(root: Path, *, link: bool = False) -> Path:
+    """Copies (or links) the adapter that the checkout's layout wants; returns its new directory.
+
+    Raises ValueError as `adapter_of`.
+    """
+    target, files = adapter_of(root)
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         destination = target / file.name

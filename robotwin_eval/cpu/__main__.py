@@ -16,7 +16,7 @@ from ofp_lerobot.inference.sampling import add_sampling_flags, sampling_of
 
 from ..adapters.cpu.probe import FFMPEG, PACKAGES
 from .checkout import BLOCK_TASKS, CONFIG, Finding, check, prepare, require, undo
-from .launch import SCRIPTS, environment, run
+from .launch import SCRIPTS, ended_by_sigterm, environment, run
 
 if TYPE_CHECKING:
     from ..serve import PolicyServer
@@ -25,7 +25,10 @@ HOLD = "hold"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where something is missing or RoboTwin's script failed; 2 after one line where it cannot be done."""
+    """Returns 0; 1 where something is missing or RoboTwin's script failed; 2 after one line where it cannot be done.
+
+    Raises SystemExit(143) at SIGTERM, after what it started has ended.
+    """
     args = _parse(argv)
     try:
         if args.command == "requirements":
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.root is None:
             raise UserError("set --robotwin-root, or ROBOTWIN_ROOT, to a checkout of RoboTwin")
         args.root = args.root.expanduser().resolve()
-        return int(args.do(args))
+        with ended_by_sigterm():
+            return int(args.do(args))
     except UserError as error:
         print(f"robotwin_eval.cpu {args.command}: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from typing import Any, NamedTuple
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.provenance import short_commit
+from ofp_lerobot.files import write_whole
 
 from ..adapters.cpu.probe import FFMPEG, PACKAGES
-from ..adapters.install import install, layout_of
+from ..adapters.install import adapter_of, layout_of
 from .launch import PROBE, does_not_start
 
 TRIED = "c3ddfa8"  # the commit that this ran on
-ROBOT = "aloha-agilex"
+ROBOT, ADAPTER = "aloha-agilex", "policy/OFP"
 BLOCK_TASKS = ("blocks_ranking_rgb", "blocks_ranking_size", "handover_block", "stack_blocks_three", "stack_blocks_two")
 CONFIG = "demo_cpu"  # RoboTwin's demo_clean under another name, so that recordings of another expert stay apart
 _RECORD = ".ofp_cpu.json"  # in the checkout: the files that `prepare` put there, and what they held
@@ -79,8 +81,8 @@ def check_checkout(root: Path) -> Iterator[Finding]:
         yield Finding(
             name, "there" if there else "missing", "" if there else "run `prepare`, which writes an empty one"
         )
-    adapter = (root / "policy/OFP/deploy_policy.py").is_file()
-    yield Finding("policy/OFP", "there" if adapter else "missing", "" if adapter else "run `prepare`")
+    adapter = (root / ADAPTER / "deploy_policy.py").is_file()
+    yield Finding(ADAPTER, "there" if adapter else "missing", "" if adapter else "run `prepare`")
 
 
 def require(root: Path) -> None:
@@ -141,42 +143,67 @@ def check_python(found: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def prepare(root: Path, embodiment: Path | None) -> list[str]:
-    """Puts what is missing into the checkout; returns it, as paths relative to it. Nothing there is changed.
+    """Puts what is missing into the checkout; returns it, as paths relative to it. What is there stays as it is.
 
+    Only what an earlier version of this package put into the adapter, and nobody changed since, is replaced.
     embodiment: a directory of the robot's files, or of embodiments one of which it is. Raises UserError.
     """
-    robot, clean = root / "assets/embodiments" / ROBOT, root / "task_config/demo_clean.yml"
+    record, added = _recorded(root), []
+    for what, files in _wanted(root, embodiment, record).items():
+        put = record["files"] if what == ADAPTER else {}
+        due = {name: content for name, content in files.items() if _is_due(root / name, content, put.get(name))}
+        if due:
+            _put(root, due, record)
+            added.append(what)
+    return added
+
+
+def _wanted(root: Path, embodiment: Path | None, record: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
+    """What a checkout needs: a path, and the files there with their contents. Raises UserError."""
+    clean = root / "task_config/demo_clean.yml"
     if not clean.is_file():
         raise UserError(f"{clean} is missing: {root} is no whole RoboTwin checkout of the classic layout")
-    header = "# RoboTwin's demo_clean, for recordings made without CUDA (python -m robotwin_eval.cpu prepare).\n"
-    texts = {**_OBJECT_LISTS, f"task_config/{CONFIG}.yml": header + clean.read_text(encoding="utf-8")}
-    added, record = [], _recorded(root)
-    wanted = (robot, root / "policy/OFP", *(root / name for name in texts))
-    fresh = {str(each.relative_to(root)) for path in wanted for each in path.parents if not each.exists()}
-    if embodiment is not None and not robot.exists():
+    try:
+        _, sources = adapter_of(root)
+    except ValueError as error:
+        raise UserError(error) from error
+    wanted, robot = {}, f"assets/embodiments/{ROBOT}"
+    begun = any(name.startswith(f"{robot}/") for name in record["files"])
+    if embodiment is not None and (begun or not (root / robot).exists()):
         source = embodiment / ROBOT if (embodiment / ROBOT).is_dir() else embodiment
         if not (source / "config.yml").is_file():
             raise UserError(f"{embodiment} holds no config.yml of {ROBOT}: set --embodiment to the robot's directory")
-        shutil.copytree(source, robot, copy_function=shutil.copyfile)
-        added.append(robot)
-    for name, text in texts.items():
-        if not (root / name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text, encoding="utf-8")
-            added.append(root / name)
-    existed = (root / "policy/OFP").exists()
-    try:
-        adapter = install(root)
-    except ValueError as error:
-        raise UserError(error) from error
-    if not existed:
-        added.append(adapter)
-    files = [file for path in added for file in (path.rglob("*") if path.is_dir() else [path])]
-    fresh |= {str(path.relative_to(root)) for path in (*added, *files) if path.is_dir()}
-    record["files"] |= {str(file.relative_to(root)): _digest(file) for file in files if file.is_file()}
+        places = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names]
+        wanted[robot] = {f"{robot}/{place.relative_to(source)}": place.read_bytes() for place in places}
+    header = "# RoboTwin's demo_clean, for recordings made without CUDA (python -m robotwin_eval.cpu prepare).\n"
+    texts = {**_OBJECT_LISTS, f"task_config/{CONFIG}.yml": header + clean.read_text(encoding="utf-8")}
+    wanted |= {name: {name: text.encode()} for name, text in texts.items()}
+    return wanted | {ADAPTER: {f"{ADAPTER}/{source.name}": source.read_bytes() for source in sources}}
+
+
+def _is_due(file: Path, content: bytes, put: str | None) -> bool:
+    """Whether `file` is to be written. put: the digest of what is replaced where it is still there."""
+    if not file.exists():
+        return True
+    return put is not None and not file.is_symlink() and _digest(file.read_bytes()) == put != _digest(content)
+
+
+def _put(root: Path, files: Mapping[str, bytes], record: dict[str, Any]) -> None:
+    """Writes the files, and what `undo` has to know before them."""
+    for name in files:
+        (root / name).unlink(missing_ok=True)
+    fresh = {str(each.relative_to(root)) for name in files for each in (root / name).parents if not each.exists()}
     record["folders"] = sorted({*record["folders"], *fresh})
-    (root / _RECORD).write_text(json.dumps(record, indent=1))
-    return [str(path.relative_to(root)) for path in added]
+    record["files"] |= {name: _digest(content) for name, content in files.items()}
+    write_whole(root / _RECORD, json.dumps(record, indent=1))
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        scratch = root / f"{name}.new"
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, root / name)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def undo(root: Path) -> int:
@@ -184,7 +211,7 @@ def undo(root: Path) -> int:
     gone, record = 0, _recorded(root)
     for name, digest in record["files"].items():
         file = root / name
-        if file.is_file() and _digest(file) == digest:
+        if file.is_file() and _digest(file.read_bytes()) == digest:
             file.unlink()
             gone += 1
     for name in sorted(record["folders"], reverse=True):  # what is inside before what it is inside of
@@ -202,5 +229,5 @@ def _recorded(root: Path) -> dict[str, Any]:
     return dict(json.loads(record.read_text())) if record.is_file() else {"files": {}, "folders": []}
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

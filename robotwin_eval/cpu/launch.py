@@ -1,12 +1,15 @@
 """Starts RoboTwin's Python so that its renderer finds Vulkan on the CPU."""
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ofp_lerobot.errors import UserError
@@ -14,6 +17,7 @@ from ofp_lerobot.errors import UserError
 ADAPTERS = Path(__file__).parents[1] / "adapters"
 SCRIPTS, PROBE = ADAPTERS / "cpu_scripts.py", ADAPTERS / "cpu" / "probe.py"
 _LIBRARY = "libvulkan_lvp.so"
+_LAST_WORDS = 10  # seconds that a process which was asked to end may take
 
 
 def vulkan_variables(driver: Path | None) -> dict[str, str]:
@@ -45,11 +49,39 @@ def environment(driver: Path | None) -> dict[str, str]:
 
 
 def run(python: str, script: Path, arguments: Sequence[str], variables: Mapping[str, str]) -> int:
-    """Runs one of our scripts in RoboTwin's Python, on this terminal. Returns its exit code. Raises UserError."""
+    """Runs one of our scripts in RoboTwin's Python, on this terminal. Returns its exit code. Raises UserError.
+
+    Where an exception ends the wait, the script is ended too: asked first, so that it clears up, then killed.
+    """
     try:
-        return subprocess.run([python, str(script), *arguments], env=dict(variables)).returncode
+        process = subprocess.Popen([python, str(script), *arguments], env=dict(variables))
     except OSError as error:
         raise does_not_start(python, error) from error
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LAST_WORDS)
+        raise
+    finally:
+        process.kill()  # does nothing where it has ended
+        process.wait()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within, the first SIGTERM raises SystemExit(143): so what was started is ended, and what it made is removed."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the clearing up
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def does_not_start(python: str, error: OSError) -> UserError:

@@ -304,3 +304,45 @@ def test_select_action_executes_n_action_steps_of_each_chunk():
     for chunk, noise in zip(chunks, noises, strict=True):
         for i in range(4):
             assert torch.equal(policy.select_action(batch, noise=noise), chunk[:, i])
+
+
+def test_more_actions_than_at_first_are_executed_from_the_chunks_start():
+    policy, batch = small.ofp_policy(branch=0.2), small.batch(2)
+    noise = torch.randn(2, small.HORIZON, 8)
+    chunk = policy.predict_action_chunk(batch, noise=noise)
+    policy.config.n_action_steps = small.HORIZON
+    for i in range(small.HORIZON):
+        assert torch.equal(policy.select_action(batch, noise=noise), chunk[:, i])
+
+
+def test_queued_relative_actions_are_refused():
+    """LeRobot's postprocessor would add each one to the newest state, not to the state of its chunk."""
+    policy = small.ofp_policy(use_relative_actions=True)
+    with pytest.raises(ValueError, match=r"relative.*--policy.n_action_steps=1"):
+        policy.select_action(small.batch(1))
+    small.ofp_policy(use_relative_actions=True, n_action_steps=1).select_action(small.batch(1))
+
+
+def test_a_warm_start_without_a_rest_is_told_once(caplog):
+    short = small.ofp_policy(warm_start=0.15)
+    whole = small.ofp_policy(warm_start=0.15, n_action_steps=small.HORIZON)
+    for policy, times in ((short, 0), (whole, 1)):
+        caplog.clear()
+        for _ in range(2 * small.HORIZON + 1):
+            policy.select_action(small.batch(1))
+        assert caplog.text.count("warm_start=0.15 has no effect") == times
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("objective", [name for name, each in OBJECTIVES.items() if not each.uses_target_time])
+def test_an_objective_without_average_velocities_is_sampled_with_euler(objective, name):
+    policy = KINDS[name].policy(branch=0.5, objective=objective, num_inference_steps=3)
+    batch = small.batch(1)
+    assert policy.config.sampler == "euler"
+    seen = []
+    forward = policy.model.forward
+    policy.model.forward = policy._velocity = lambda prefix, x, t, r, *more: (
+        seen.append((t, r)) or forward(prefix, x, t, r, *more)
+    )
+    policy.predict_action_chunk(batch)
+    assert len(seen) == 3 and all(torch.equal(t, r) for t, r in seen)

@@ -3,15 +3,18 @@
 import argparse
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from ofp_lerobot.errors import UserError
 from robotwin_eval.adapters.cpu.probe import PACKAGES
+from robotwin_eval.adapters.install import install
 from robotwin_eval.cpu import checkout
 from robotwin_eval.cpu.__main__ import main
 from robotwin_eval.cpu.launch import SCRIPTS, environment, vulkan_variables
@@ -58,10 +61,13 @@ class Base_Task:
         pass
 """
 COLLECT = """
-import importlib
+import importlib, time
 def class_decorator(task_name):
     return getattr(importlib.import_module(f"envs.{task_name}"), task_name)()
 def main(task_name, task_config):
+    if task_config == "slow":
+        print("slow", flush=True)
+        time.sleep(600)
     run(class_decorator(task_name), {"episode_num": 50, "broken": task_config == "broken"})
 def run(TASK_ENV, args):
     seed = found = 0
@@ -180,6 +186,71 @@ def test_prepared_and_undone(root, robot):
     assert files(root) == before
 
 
+def test_preparing_keeps_the_adapter_that_is_there(root, robot):
+    """Changed, linked, or of an earlier version: what `prepare` did not write is the user's."""
+    install(root, link=True)
+    settings = root / "policy/OFP/deploy_policy.yml"
+    settings.unlink()
+    settings.write_text("policy_port: 19000\n")
+    (root / "policy/OFP/wire.py").unlink()
+    before = files(root)
+    added = checkout.prepare(root, robot)
+    assert "policy/OFP" in added and (root / "policy/OFP/wire.py").is_file()
+    assert settings.read_text() == "policy_port: 19000\n" and (root / "policy/OFP/client.py").is_symlink()
+    checkout.undo(root)
+    assert files(root) == before and (root / "policy/OFP/client.py").is_symlink()
+
+
+def test_an_update_of_this_package_is_undone_too(root, robot, tmp_path, monkeypatch):
+    before = files(root)
+    checkout.prepare(root, robot)
+    (root / "policy/OFP/deploy_policy.yml").write_text("policy_port: 19000\n")
+    target, sources = checkout.adapter_of(root)
+    newer = [Path(shutil.copy(source, tmp_path)) for source in sources]
+    for source in newer:
+        source.write_text(source.read_text() + "# a later version\n")
+    monkeypatch.setattr(checkout, "adapter_of", lambda root: (target, newer))
+    assert checkout.prepare(root, None) == ["policy/OFP"]
+    assert (target / "client.py").read_text().endswith("# a later version\n")
+    assert (target / "deploy_policy.yml").read_text() == "policy_port: 19000\n"
+    checkout.undo(root)
+    left = {name: text for name, text in files(root).items() if text}  # of the files
+    assert left.pop("policy/OFP/deploy_policy.yml") == b"policy_port: 19000\n"
+    assert left == {name: text for name, text in before.items() if text}
+
+
+def test_where_preparing_is_refused_nothing_was_written(root, robot):
+    (root / "policy/OFP").mkdir()
+    (root / "policy/OFP/mine.py").touch()
+    before = files(root)
+    with pytest.raises(UserError, match="not this adapter: move it away"):
+        checkout.prepare(root, robot)
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("last", [1, 5, 9, 15])
+def test_preparing_that_was_broken_off(root, robot, monkeypatch, last, goes_on):
+    """Within the robot's files, the lists and the adapter: the same command goes on, and `undo` knows what is there."""
+    before, replace, done = files(root), os.replace, []
+
+    def broken(source, target):
+        if len(done) == last:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(KeyboardInterrupt):
+        checkout.prepare(root, robot)
+    monkeypatch.undo()
+    if goes_on:
+        checkout.prepare(root, robot)
+        assert not missing(checkout.check_checkout(root))
+    checkout.undo(root)
+    assert files(root) == before
+
+
 def test_undoing_keeps_what_was_changed_since(root, robot):
     checkout.prepare(root, robot)
     (root / "assets/objects/same.json").write_text('{"real": []}')  # RoboTwin's own arrived
@@ -293,6 +364,51 @@ def test_a_task_whose_every_scene_fails_ends(script):
     done = script("collect", "task", "broken")
     assert done.returncode != 0
     assert "none of 50 scenes in a row; the last error: FileNotFoundError: no mesh" in done.stderr
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", [["collect", "task"], ["check"]])
+def test_a_command_that_is_ended_leaves_nothing(root, robot, tmp_path, command):
+    """RoboTwin's Python, which SIGTERM does not reach, is ended too; so is the scratch directory."""
+    checkout.prepare(root, robot)
+    python, pid, scratch = tmp_path / "python", tmp_path / "pid", tmp_path / "scratch"
+    scratch.mkdir()
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 600\n")
+    python.chmod(0o755)
+    (tmp_path / "libvulkan_lvp.so").touch()
+    places = {"ROBOTWIN_ROOT": root, "ROBOTWIN_PYTHON": python, "ROBOTWIN_VULKAN": tmp_path, "TMPDIR": scratch}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robotwin_eval.cpu", *command],
+        env={**os.environ, **{name: str(place) for name, place in places.items()}},
+        stdout=subprocess.DEVNULL,
+    )
+    while not pid.exists() and process.poll() is None:
+        time.sleep(0.1)
+    assert any(scratch.glob("ofp_vulkan_*"))
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not is_alive(int(pid.read_text())) and not any(scratch.glob("ofp_vulkan_*"))
+
+
+def test_robotwins_python_clears_up_when_it_is_ended(script, root, tmp_path):
+    (tmp_path / "site/imageio_ffmpeg.py").write_text("def get_ffmpeg_exe():\n    return '/bin/true'\n")
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS), "--root", str(root), "collect", "task", "slow"],
+        env={**os.environ, "PATH": str(tmp_path), "TMPDIR": str(tmp_path / "scratch")},
+        stdout=subprocess.PIPE,
+    )
+    assert any(line == b"slow\n" for line in process.stdout)
+    assert any((tmp_path / "scratch").glob("ofp_ffmpeg_*"))
+    process.terminate()
+    assert process.wait(60) == 143 and not any((tmp_path / "scratch").glob("ofp_ffmpeg_*"))
 
 
 def test_two_collections_of_one_task_do_not_mix(script, root):

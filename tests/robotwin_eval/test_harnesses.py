@@ -147,6 +147,7 @@ def test_install_refuses_what_is_no_checkout(tmp_path):
         install(root)
     classic = robotwin.build(tmp_path / "classic", "classic")
     (classic / "policy/OFP").mkdir()
+    (classic / "policy/OFP/mine.py").touch()
     with pytest.raises(ValueError, match="not this adapter"):
         install(classic)
 

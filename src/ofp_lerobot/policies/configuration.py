@@ -62,7 +62,10 @@ class FlowMapConfig(Settings):
             cls.__post_init__ = _told_by_draccus(cls.__dict__["__post_init__"])  # type: ignore[attr-defined]
 
     def check_method(self) -> None:
-        """Raises ValueError where a setting of this class is out of range."""
+        """Raises ValueError where a setting of this class is out of range.
+
+        An objective without average velocities is sampled with `euler`, whatever `sampler` says.
+        """
         choice("sampler", self.sampler, ("flow_map", "euler"))
         choice("objective", self.objective, tuple(OBJECTIVES))
         within("num_inference_steps", self.num_inference_steps, 1)
@@ -72,6 +75,8 @@ class FlowMapConfig(Settings):
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
         self.check_settings()
+        if not OBJECTIVES[self.objective].uses_target_time:
+            self.sampler = "euler"
 
     def get_optimizer_preset(self) -> Any:
         """As LeRobot's, which asks for it where a new run begins and drops what the user has set beside it.

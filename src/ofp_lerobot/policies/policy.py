@@ -56,6 +56,7 @@ class FlowMapPolicy(PreTrainedPolicy):
     config: Any  # with the fields of `configuration.FlowMapConfig`, chunk_size and max_action_dim
     model: Any
     looks_at_first_input = True
+    _told_of_no_rest = False
     """Whether the first observation that it acts on is looked at; whoever does that itself switches it off."""
     encoder: str | tuple[str, ...]
     """Starts of the names of the network's parameters that only `encode` reads; the teacher has none of these."""
@@ -335,7 +336,7 @@ class FlowMapPolicy(PreTrainedPolicy):
 
     def reset(self) -> None:
         """Forgets the running plan; call it whenever the environment resets."""
-        self._action_queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        self._action_queue: deque[Tensor] = deque()
         self._rest: Tensor | None = None
         self._last_answer: Tensor | None = None  # with real-time chunking
 
@@ -351,6 +352,14 @@ class FlowMapPolicy(PreTrainedPolicy):
         """
         if not self._action_queue:
             executed = self.config.n_action_steps
+            if self.config.warm_start and executed == self.config.chunk_size and not self._told_of_no_rest:
+                self._told_of_no_rest = True
+                logger.warning(
+                    "warm_start=%s has no effect: all %d actions of a chunk are executed, set a smaller "
+                    "--policy.n_action_steps",
+                    self.config.warm_start,
+                    executed,
+                )
             chunk = self.predict_action_chunk(batch, noise=noise, prev_chunk_left_over=self._rest)
             self._action_queue.extend(chunk[:, :executed].transpose(0, 1))
             self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None

@@ -22,7 +22,7 @@ class LaggingScalars:
         host = torch.empty(values.shape, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(values.device))
         previous, done = self._pending or (host, event)
         self._pending = (host, event)
         self._names = tuple(scalars)

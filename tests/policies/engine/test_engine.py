@@ -48,6 +48,15 @@ def noise_for(batch):
     return torch.randn(len(batch["observation.state"]), small.HORIZON, 8)
 
 
+def test_images_that_are_no_multiple_of_the_patch_answer_as_the_plain_path():
+    size = {"image_resolution": (small.SIZE + 5, small.SIZE + 5)}
+    slow, batch = small.ofp_policy(branch=0.1, **size), small.batch(2)
+    noise = noise_for(batch)
+    assert_same(
+        fast_copy(slow, **size).predict_action_chunk(batch, noise=noise), slow.predict_action_chunk(batch, noise=noise)
+    )
+
+
 def used(policy):
     """Whether the engine has built itself."""
     return policy.engine._weights is not None
