@@ -139,6 +139,25 @@ def test_missing_quantiles():
         OFPPolicy(small.ofp_config(), dataset_stats=stats)
 
 
+@pytest.mark.parametrize("renames", [False, True])
+def test_statistics_under_the_datasets_names(renames, monkeypatch):
+    """LeRobot hands them over with the dataset's names, and since 0.6.2 normalises by a --rename_map's."""
+    values = {"q01": -torch.ones(5), "q99": torch.ones(5)}
+    stats = {"observation.joints": values, ACTION: values}
+    flag = '--rename_map={"observation.joints": "observation.state"}'
+    monkeypatch.setattr("sys.argv", ["lerobot-train", flag])
+    monkeypatch.setattr("ofp_lerobot.policies.asked._lerobot_trains", lambda: True)
+    monkeypatch.setattr("ofp_lerobot.compat.UNTIL_0_6_1", not renames)
+    if renames:
+        assert OFPPolicy(small.ofp_config(), dataset_stats=stats)._dataset_stats["observation.state"] is values
+    else:
+        message = (
+            "no statistics of 'observation.state', only of action, observation.joints: .* rename it in the dataset"
+        )
+        with pytest.raises(ValueError, match=message):
+            OFPPolicy(small.ofp_config(), dataset_stats=stats)
+
+
 @pytest.mark.parametrize("present", [(), small.CAMERAS[:1]])
 def test_wrong_cameras(present):
     policy, batch = small.ofp_policy(), small.batch(2, cameras=(*present, "observation.images.front"))

@@ -96,6 +96,14 @@ def episodes_in_use(resumed: Path | None) -> list[int] | None:
     return [int(episode) for episode in listed] if isinstance(listed, list) else None
 
 
+def rename_map(resumed: Path | None) -> dict[str, str]:
+    """The names of the dataset's features in the policy, as `lerobot-train` was told. resumed: as above."""
+    if not _lerobot_trains():
+        return {}
+    given = in_flags().get("rename_map")
+    return in_file("rename_map", resumed) if given is None else yaml.safe_load(given) or {}
+
+
 def refuse_what_the_preset_overrules(config: Any, optimizer: Any, scheduler: Any) -> None:
     """Raises ValueError where `optimizer` or `scheduler` settings are given that LeRobot drops for the policy's own.
 

@@ -19,14 +19,14 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 
-from ..compat import shards_by_fsdp1, without_padding
+from ..compat import shards_by_fsdp1, under_policy_names, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
-from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules
+from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
 from .normalisation import BOUNDS, FAR, check_first_batch
 from .scalars import LaggingScalars
@@ -64,7 +64,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     def __init__(self, config: Any, dataset_stats: dict[str, dict[str, Any]] | None = None) -> None:
         """dataset_stats: of the dataset that it trains on."""
         super().__init__(config)
-        self._dataset_stats = dataset_stats
+        renamed = rename_map(resumed_from(config.pretrained_path))
+        self._dataset_stats = under_policy_names(dataset_stats, renamed)
         self._source: tuple[str | Path | None, dict[str, Any]] = None, {}  # the checkpoint it was read from, the Hub's
         if shards_by_fsdp1():  # which flattens what the prefix pass and the teacher read
             raise ValueError(

@@ -102,13 +102,13 @@ class VLAPolicy(FlowMapPolicy):
         super().__init__(config, dataset_stats)
         config.require_device()
         config.validate_features()
-        check_statistics(config, dataset_stats)
-        require_usable_statistics(config, dataset_stats, binned=self.binned)
+        check_statistics(config, self._dataset_stats)
+        require_usable_statistics(config, self._dataset_stats, binned=self.binned)
         self._tokenizer = tokenizer or self._default_tokenizer(config)
         self._loaded_tokenizer: Any = None
         if dataset_meta is not None:
             if hasattr(config, "use_relative_actions"):
-                check_relative(config, dataset_meta, dataset_stats)
+                check_relative(config, dataset_meta, self._dataset_stats)
             state = config.robot_state_feature
             instructions = tasks_of(dataset_meta, episodes_in_use(resumed_from(config.pretrained_path)))
             check_tasks(instructions, state.shape[0] if state else 0, self._tokenizer)
