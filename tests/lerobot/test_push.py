@@ -168,6 +168,7 @@ def test_an_adapter_comes_with_the_revision_of_its_base_that_it_names(tmp_path, 
             commits.append(hub.commit("me/base", files))
             answers.append(policy.predict_action_chunk(batch, noise=noise))
         assert not torch.equal(*answers)
+        policy.config.pretrained_path = Path("me/base")
         adapter = policy.wrap_with_peft(LoraConfig(r=4, target_modules=policy.adapted))
         adapter.save_pretrained(tmp_path / "adapter")
         path = tmp_path / "adapter" / "adapter_config.json"

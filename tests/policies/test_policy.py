@@ -185,7 +185,7 @@ class Late(LaggingScalars):
     """As on a GPU."""
 
     def read(self, scalars):
-        now = {name: float(value) for name, value in scalars.items()}
+        now = {name: float(value.detach()) for name, value in scalars.items()}
         before, self._now = getattr(self, "_now", now), now
         return dict(before)
 
