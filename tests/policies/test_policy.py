@@ -10,6 +10,7 @@ from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
 from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.scalars import LaggingScalars
+from ofp_lerobot.policies.training_state import FILENAME
 from ofp_lerobot.policies.vla import policy as vla_policy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
 from tests import small
@@ -107,6 +108,16 @@ def test_every_objective_trains_the_policy(objective, name):
     policy.update()
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("objective", [name for name, each in OBJECTIVES.items() if each.differentiates])
+def test_objectives_that_differentiate_forward_train_under_autocast(objective, name):
+    policy = KINDS[name].policy(objective=objective, branch=0.2)
+    policy.train()
+    with torch.autocast("cpu"):
+        policy(small.batch(2))[0].backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.get_optim_params() if p.grad is not None)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_network_differentiates_forward_as_its_finite_difference(attention):
     """What MeanFlow needs of it: du/dt along a direction, and gradients of u meanwhile."""
@@ -167,7 +178,35 @@ def test_a_texts_extent_is_taken_over_only_from_a_device_and_for_the_same_tokens
 def test_scalars_are_read_a_call_late_on_a_gpu():
     scalars = LaggingScalars()
     read = [scalars.read({"a": torch.tensor(float(i), device="cuda")})["a"] for i in range(4)]
-    assert read == [0.0, 0.0, 1.0, 2.0]
+    assert read == [0.0, 0.0, 1.0, 2.0] and scalars.last() == {"a": 3.0}
+
+
+class Late(LaggingScalars):
+    """As on a GPU."""
+
+    def read(self, scalars):
+        now = {name: float(value.detach()) for name, value in scalars.items()}
+        before, self._now = getattr(self, "_now", now), now
+        return dict(before)
+
+    def last(self):
+        return self._now
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+    """On a GPU it is read a call late, and a checkpoint may come in between."""
+    policy, broken = small.ofp_policy(), small.batch(2)
+    broken[ACTION][1, 2, 3] = float("nan")
+    policy.train()
+    policy._scalars = Late()
+    policy(small.batch(2))
+    policy.save_pretrained(tmp_path / "1" / "pretrained_model")
+    policy(broken)
+    with pytest.raises(ValueError, match="NaN or infinite values in a batch's actions"):
+        policy.save_pretrained(tmp_path / "2" / "pretrained_model")
+    weights = [path.parent.parent.name for path in tmp_path.rglob("model.safetensors")]
+    states = [path.parent.parent.name for path in tmp_path.rglob(FILENAME)]
+    assert weights == states == ["1"]
 
 
 def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
