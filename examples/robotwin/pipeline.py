@@ -16,6 +16,7 @@ from examples.quickstart.demonstrations import REPO_ID
 from examples.quickstart.training import Training, base_flags, branch_flags, checkpoint, lerobot_train, pi05
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.stages import STAMP, is_done, seconds_taken, stage
+from robotwin_eval.adapters.cpu.recordings import settle
 from robotwin_eval.cpu.checkout import CONFIG, require
 from robotwin_eval.data.convert import INSTRUCTIONS, convert
 
@@ -82,8 +83,14 @@ class Job:
         return self.output / "convert" / "dataset"
 
     @property
+    def files(self) -> list[Path]:
+        return [self.recordings / f"data/episode{i}.hdf5" for i in range(self.settings.demonstrations)]
+
+    @property
     def made_of(self) -> list[object]:
-        return [self.task, self.settings.demonstrations, self.settings.variation]
+        """What tells these recordings from others; they are there."""
+        stats = [file.stat() for file in self.files]
+        return [self.task, self.settings.variation, [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
 
     def run_of(self, name: str) -> Path:
         return self.output / "train" / name / "run"
@@ -103,12 +110,16 @@ def collect(job: Job) -> None:
     wanted, source = job.settings.demonstrations, job.recordings
 
     def there() -> int:
-        return sum((source / f"data/episode{i}.hdf5").is_file() for i in range(wanted))
+        return sum(file.is_file() for file in job.files)
 
     if there() < wanted or len(list((source / "instructions").glob("episode*.json"))) < wanted:
         flags = [f"--episodes={wanted}", f"--variation={job.settings.variation}"]
         command = [sys.executable, "-m", "robotwin_eval.cpu", "collect", job.task, *flags]
         _watch(command, job.output / "collect.txt", there, job.bar("collect", wanted))
+    try:
+        settle(str(source), {"variation": job.settings.variation, "shadows": False})
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def convert_recordings(job: Job) -> None:

@@ -68,17 +68,23 @@ def alone(task, config):
         yield
 
 
-def collect(task, config, episodes):
-    """`script/collect_data.py TASK CONFIG`. episodes: instead of the configuration's episode_num."""
+def collect(task, config, episodes, made):
+    """`script/collect_data.py TASK CONFIG`. episodes: instead of the configuration's episode_num. made: of `settle`."""
     with alone(task, config):
-        _collect(task, config, episodes)
+        _collect(task, config, episodes, made)
 
 
-def _collect(task, config, episodes):
+def _collect(task, config, episodes, made):
+    from cpu.recordings import settle
+
     script = watched(importlib.import_module("collect_data"))
     run = script.run
 
     def narrowed(environment, args):
+        try:
+            settle(args["save_path"], made)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         if episodes is not None:
             args["episode_num"] = episodes
         return run(environment, args)
@@ -166,7 +172,10 @@ def main():
     sys.path[:0] = [root, *(os.path.join(root, name) for name in ("script", "policy", "description/utils"))]
     from cpu import mode
 
-    mode.install(shadows=args.pop("shadows"), variation=args.pop("variation"))
+    made = {"variation": args.pop("variation"), "shadows": args.pop("shadows")}
+    mode.install(**made)
+    if args["command"] == "collect":
+        args["made"] = made
     {"collect": collect, "evaluate": evaluate, "expert": expert}[args.pop("command")](**args)
 
 

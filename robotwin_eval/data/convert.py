@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,8 +47,10 @@ class Recording(NamedTuple):
 
 def read_recording(file: Path) -> Recording:
     """Either layout. Raises UserError naming the file and what it lacks."""
-    import h5py
-
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError("RoboTwin's files need h5py: pip install 'lerobot_policy_ofp[robotwin]'") from error
     try:
         with h5py.File(file, "r") as root:
             recording = _read_current(root, file) if "vision" in root else _read_classic(root, file)
@@ -77,7 +79,12 @@ def _read_classic(root: "h5py.File", file: Path) -> Recording:
 
 def _read_instructions(path: Path) -> dict[str, list[str]]:
     saved = json.loads(path.read_text()) if path.is_file() else {}
-    return {kind: list(saved.get(kind, [])) for kind in ("seen", "unseen")}
+    return {kind: _written(saved.get(kind, [])) for kind in ("seen", "unseen")}
+
+
+def _written(texts: Iterable[str]) -> list[str]:
+    """Without the empty ones: RoboTwin stores one where no instruction was generated."""
+    return [text for text in texts if text.strip()]
 
 
 def _read_current(root: "h5py.File", file: Path) -> Recording:
@@ -86,7 +93,7 @@ def _read_current(root: "h5py.File", file: Path) -> Recording:
     keys = [f"{side}_{part}_joint_states" for side in ("left", "right") for part in ("arm", "ee")]
     states, actions = (_join([_get(root, f"{group}/{key}") for key in keys]) for group in ("state", "action"))
     images = {name: _get(root, f"vision/{source}/colors") for name, source in XPOLICYLAB_CAMERAS.items()}
-    instructions["seen"] = instructions["seen"] or json.loads(_get(root, "instructions"))
+    instructions["seen"] = instructions["seen"] or _written(json.loads(_get(root, "instructions")))
     every = int(_get(root, "additional_info/frequency")) if "additional_info/frequency" in root else SAVE_EVERY
     return Recording(states, actions, images, instructions, SIMULATION_RATE / every)
 

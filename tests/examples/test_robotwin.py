@@ -7,11 +7,13 @@ import pytest
 
 from examples.robotwin import pipeline
 from examples.robotwin.pipeline import INSTRUCTIONS, Job, Settings
+from ofp_lerobot.errors import UserError
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def commands(monkeypatch, tmp_path):
     """The commands that would have run."""
+    monkeypatch.setenv("ROBOTWIN_ROOT", str(tmp_path / "RoboTwin"))
     found = []
 
     def lerobot_train(flags, dataset, run, log, bar):
@@ -26,6 +28,11 @@ def job(tmp_path, settings):
     made = Job("stack", settings, tmp_path / "out", 0)
     (made.dataset / "meta").mkdir(parents=True, exist_ok=True)
     (made.dataset / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
+    for file in made.files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            file.write_bytes(b"HDF5")
+    (made.recordings / "ofp_cpu.json").write_text('{"variation": 1, "shadows": false}')
     return made
 
 
@@ -38,3 +45,36 @@ def test_another_training_is_another_comparison(tmp_path, commands):
         pipeline.compare(job(tmp_path, each))
     first, again, other = ([x for x in command if x.startswith("--output=")] for command in commands)
     assert first == again != other
+
+
+def test_recordings_of_another_expert_are_not_taken(tmp_path, commands):
+    made = job(tmp_path, Settings(demonstrations=2))
+    for i in range(2):
+        (made.recordings / f"instructions/episode{i}.json").parent.mkdir(exist_ok=True)
+        (made.recordings / f"instructions/episode{i}.json").touch()
+    pipeline.collect(made)
+    assert not commands  # all are there
+    with pytest.raises(UserError, match="made with --variation 1 and no --shadows, not with --variation 2"):
+        pipeline.collect(replace(made, settings=replace(made.settings, variation=2)))
+    (made.recordings / "ofp_cpu.json").unlink()
+    with pytest.raises(UserError, match="is not known"):
+        pipeline.collect(made)
+
+
+def test_recordings_made_anew_are_converted_and_trained_on_anew(tmp_path, commands, monkeypatch):
+    converted = []
+
+    def convert(sources, output, **_):
+        converted.append(sources)
+        (output / "meta").mkdir(parents=True)
+        (output / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
+
+    monkeypatch.setattr(pipeline, "convert", convert)
+    made, comparisons = job(tmp_path, Settings(demonstrations=2)), []
+    for content in (None, None, b"another one"):
+        if content:
+            made.files[1].write_bytes(content)
+        pipeline.convert_recordings(made)
+        pipeline.train(made)
+        comparisons.append(made.comparison)
+    assert len(converted) == 2 and comparisons[0] == comparisons[1] != comparisons[2]

@@ -14,6 +14,7 @@ import pytest
 
 from ofp_lerobot.errors import UserError
 from robotwin_eval.adapters.cpu.probe import PACKAGES
+from robotwin_eval.adapters.cpu.recordings import settle
 from robotwin_eval.adapters.install import install
 from robotwin_eval.cpu import checkout
 from robotwin_eval.cpu.__main__ import main
@@ -61,16 +62,18 @@ class Base_Task:
         pass
 """
 COLLECT = """
-import importlib, time
+import importlib, os, time
 def class_decorator(task_name):
     return getattr(importlib.import_module(f"envs.{task_name}"), task_name)()
 def main(task_name, task_config):
     if task_config == "slow":
         print("slow", flush=True)
         time.sleep(600)
-    run(class_decorator(task_name), {"episode_num": 50, "broken": task_config == "broken"})
+    directory = f"./data/{task_name}/{task_config}"
+    run(class_decorator(task_name), {"episode_num": 50, "save_path": directory, "broken": task_config == "broken"})
 def run(TASK_ENV, args):
     seed = found = 0
+    os.makedirs(args["save_path"], exist_ok=True)
     while found < args["episode_num"]:
         try:
             TASK_ENV.setup_demo(seed=seed, **args)
@@ -80,6 +83,8 @@ def run(TASK_ENV, args):
         except Exception as error:
             pass
         seed += 1
+        with open(args["save_path"] + "/seed.txt", "w") as file:
+            file.write("0 " * found)
 """
 EVALUATE = """
 import argparse, importlib
@@ -347,7 +352,7 @@ def test_robotwins_modules_get_our_planner_and_the_rasteriser(script, root):
     assert done.stdout.count("shader default") == 1 and "shader rt" not in done.stdout
     assert done.stdout.count("light False") == 3 and "planner cpu.planner" in done.stdout
     assert "solved 2" in done.stdout and "solved 3" not in done.stdout
-    assert "light True" in script("--shadows", "collect", "task", "demo_cpu", "--episodes=1").stdout
+    assert "light True" in script("--shadows", "collect", "task", "other", "--episodes=1").stdout
     assert {name: text for name, text in files(root).items() if name.endswith(".py")} == before
 
 
@@ -419,6 +424,30 @@ def test_two_collections_of_one_task_do_not_mix(script, root):
         assert done.returncode == 1 and "another process collects task with demo_cpu here" in done.stderr
         assert script("collect", "task", "other", "--episodes=1").returncode == 0
     assert script("collect", "task", "demo_cpu", "--episodes=1").returncode == 0
+
+
+def test_recordings_of_another_expert_do_not_mix(script, root):
+    assert script("--variation=1", "collect", "task", "demo_cpu", "--episodes=1").returncode == 0
+    done = script("collect", "task", "demo_cpu", "--episodes=1")
+    assert done.returncode == 1 and "were made with --variation 1 and no --shadows, not with no" in done.stderr
+    assert json.loads((root / "data/task/demo_cpu/ofp_cpu.json").read_text()) == {"variation": 1, "shadows": False}
+
+
+def test_how_recordings_were_made_is_kept(tmp_path):
+    directory, made = tmp_path / "data/task/demo_cpu", {"variation": 1, "shadows": False}
+    settle(str(directory), {"variation": 2, "shadows": False})
+    settle(str(directory), made)  # nothing was recorded in between
+    (directory / "seed.txt").write_text("0 3 ")
+    settle(str(directory), made)
+    for other in ({"variation": None}, {"variation": 2}, {"shadows": True}):
+        with pytest.raises(ValueError, match="were made with --variation 1 and no --shadows, not with"):
+            settle(str(directory), made | other)
+    (directory / "ofp_cpu.json").unlink()
+    with pytest.raises(ValueError, match="is not known") as error:
+        settle(str(directory), made)
+    text = str(error.value)
+    (directory / "ofp_cpu.json").write_text(text[text.index("{") : text.rindex("}") + 1])  # as it says
+    settle(str(directory), made)
 
 
 def test_the_comparison_starts_the_driver_without_cuda(root, robot, tmp_path):

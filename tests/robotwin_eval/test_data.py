@@ -273,6 +273,19 @@ def test_recordings_become_a_dataset(tmp_path, write):
     assert not (tmp_path / "out.shards").exists()
 
 
+def test_an_empty_instruction_is_none(tmp_path):
+    """RoboTwin writes [""] where no instructions were generated; a policy would be trained without language."""
+    h5py = pytest.importorskip("h5py")
+    current_episode(tmp_path, 0)
+    with h5py.File(tmp_path / "data/episode_0000000.hdf5", "a") as file:
+        _replace(file, "instructions", json.dumps([""]))
+    kinds = tmp_path / "instruction/episode_0000000.json"
+    for texts in (None, {"seen": [" "], "unseen": ["put it there"]}):
+        kinds.unlink() if texts is None else kinds.write_text(json.dumps(texts))
+        with pytest.raises(preparing.UserError, match=r"episode_0000000.* has no seen instructions"):
+            converting.convert([tmp_path], tmp_path / "out", repo_id="local/x")
+
+
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     source = tmp_path / "source"
     for episode in range(3):
