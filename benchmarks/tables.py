@@ -199,10 +199,44 @@ def training() -> list[str]:
     return markdown_table(head, rows)
 
 
+def conditions() -> list[str]:
+    """One step of OFP on MetaWorld's three kinds of demonstrations, and how far it is from flow matching's steps."""
+    rows = []
+    for condition in ("styles", "noisy", "clean"):
+        report = result(f"metaworld_{condition}")
+        bars = {bar["bar"]: bar for bar in report["bars"] if bar["answering"] == "plain"}
+        success = {
+            (row["objective"].partition(":")[0], row["steps"]): f"{100 * row['success']:.0f} %"
+            for row in report["rows"]
+            if row["temperature"] == 1 and row["samples"] == 1 and not row["warm_start"]
+        }
+        best = bars["flow_matching"]["than"]
+        how = f"{best['steps']} steps" if best["steps"] > 1 else "1 step"
+        how += "" if best["temperature"] == 1 else f", {_short(best['temperature'])} of the noise"
+        cells = (success[key] for key in (("ofp", 1), ("ofp", 2), ("flow_matching", 1), ("flow_matching", 10)))
+        differences = (_difference(bars[name]) for name in ("ten_steps", "flow_matching"))
+        rows.append((condition, *cells, *differences, how))
+    head = ("demonstrations", "OFP, one step", "two", "flow matching, one step", "ten")
+    return markdown_table((*head, "OFP's one step minus its ten", "minus its best", "its best"), rows)
+
+
+def _difference(bar: dict[str, Any]) -> str:
+    return f"{_points(bar['mean'])} [{_points(bar['low'])}, {_points(bar['high'])}]"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _short(value: float) -> str:
+    return f"{value:g}".removeprefix("0")
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     function.__name__: function
     for function in (
         headline, latency, stock_runs, control, precision, text_lengths, attention, equality, gradients, training,
+        conditions,
     )
 } | {"estimates": estimates.table}  # fmt: skip
 
@@ -211,16 +245,17 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def metaworld(report: dict[str, Any]) -> list[str]:
-    """Every row of the MetaWorld benchmark: success with its interval and what chunks are like."""
-    return metaworld_report.table(report["rows"]).splitlines()
+    """Every row of the MetaWorld benchmark, without the columns that say the same in each."""
+    head, _, *body = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in
+                      metaworld_report.table(report["rows"]).splitlines())  # fmt: skip
+    kept = [i for i in range(len(head)) if len({row[i] for row in body}) > 1]
+    return markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in body])
 
 
 def metaworld_bars(report: dict[str, Any]) -> list[str]:
     """OFP against what it is judged by, in points on the same episodes, and whether the bar holds."""
-    points = lambda value: f"{100 * value:+.1f}".replace("-", "−")  # noqa: E731
     rows = [
-        (bar["what"], f"{points(bar['mean'])} [{points(bar['low'])}, {points(bar['high'])}]",
-         ", ".join(map(points, bar["seeds"])), "yes" if bar["holds"] else "**no**")
+        (bar["what"], _difference(bar), ", ".join(map(_points, bar["seeds"])), "yes" if bar["holds"] else "**no**")
         for bar in report["bars"] if "seeds" in bar
     ]  # fmt: skip
     return markdown_table(("difference", "points [95 %]", "each seed", "holds"), rows)
