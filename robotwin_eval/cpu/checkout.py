@@ -38,6 +38,7 @@ _HOOKS = {  # what the CPU mode takes hold of
     "script/collect_data.py": "def run(TASK_ENV, args)",
     "script/eval_policy.py": "def eval_function_decorator(policy_name, model_name)",
 }
+_PATIENCE = 300  # seconds: importing SAPIEN for the first time is slow
 _VULKAN = (
     "install Mesa's lavapipe, 23 or newer: `apt-get install mesa-vulkan-drivers` (Debian 12: from bookworm-backports), "
     "or unpack that package with `dpkg -x` and name the directory with --robotwin-vulkan"
@@ -112,13 +113,19 @@ def _robot(directory: Path) -> Finding:
 
 def probe(python: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """What RoboTwin's Python says of itself. Raises UserError."""
+    command, wrong = [python, str(PROBE)], "set --robotwin-python to the Python of RoboTwin's packages"
     try:
-        done = subprocess.run([python, str(PROBE)], env=dict(variables), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_PATIENCE)
     except OSError as error:
         raise does_not_start(python, error) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{python} has not said in {_PATIENCE} s what it has: {wrong}") from error
     if done.returncode:
         raise UserError(f"{python} cannot say what it has (exit code {done.returncode}): {done.stderr[-500:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    try:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError) as error:
+        raise UserError(f"{python} does not say what it has, but {done.stdout[-200:]!r}: {wrong}") from error
 
 
 def check_python(found: Mapping[str, Any]) -> Iterator[Finding]:

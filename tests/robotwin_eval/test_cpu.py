@@ -316,6 +316,19 @@ def test_a_python_is_asked_itself(tmp_path):
         checkout.probe(str(tmp_path / "python"), environment(None))
 
 
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [("exec sleep 60", "not said in 1 s"), ("true", "does not say what it has, but ''"), ("echo hello", "but 'hello")],
+)
+def test_a_python_that_does_not_answer(tmp_path, monkeypatch, does, message):
+    monkeypatch.setattr(checkout, "_PATIENCE", 1)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=f"{message}.*set --robotwin-python"):
+        checkout.probe(str(python), environment(None))
+
+
 def test_a_vulkan_driver_is_named(tmp_path):
     assert vulkan_variables(None) == {}
     library = tmp_path / "usr/lib/x86_64-linux-gnu/libvulkan_lvp.so"
