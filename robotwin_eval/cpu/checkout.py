@@ -20,6 +20,7 @@ from .launch import PROBE, does_not_start
 
 TRIED = "c3ddfa8"  # the commit that this ran on
 ROBOT, ADAPTER = "aloha-agilex", "policy/OFP"
+ASSETS = "TianxingChen/RoboTwin2.0"  # RoboTwin's files on the Hub, a dataset
 BLOCK_TASKS = ("blocks_ranking_rgb", "blocks_ranking_size", "handover_block", "stack_blocks_three", "stack_blocks_two")
 CONFIG = "demo_cpu"  # RoboTwin's demo_clean under another name, so that recordings of another expert stay apart
 _RECORD = ".ofp_cpu.json"  # in the checkout: the files that `prepare` put there, and what they held
@@ -96,7 +97,7 @@ def require(root: Path) -> None:
 def _robot(directory: Path) -> Finding:
     what = f"assets/embodiments/{ROBOT}"
     if not directory.is_dir():
-        remedy = "run RoboTwin's `python assets/_download.py` from assets/, or `prepare --embodiment DIR`"
+        remedy = f"unzip embodiments.zip of the Hub's {ASSETS} in assets/, or `prepare --embodiment DIR`"
         return Finding(what, "missing", remedy)
     if missing := [name for name in _ROBOT_FILES if not (directory / name).is_file()]:
         remedy = "run RoboTwin's `python script/update_embodiment_config_path.py`"

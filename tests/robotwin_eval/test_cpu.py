@@ -172,7 +172,7 @@ def test_what_a_checkout_lacks(root, robot):
         {f"assets/objects/{x}" for x in ("objaverse/list.json", "same.json")},
     )
     assert set(lacking) == {robot_files, "policy/OFP", *lists}
-    assert "_download.py" in lacking["assets/embodiments/aloha-agilex"]
+    assert "embodiments.zip" in lacking["assets/embodiments/aloha-agilex"]
     assert files(root) == before  # looking changes nothing
     (root / "envs/robot/robot.py").write_text("from .mine import Planner\n")
     assert "commit c3ddfa8" in missing(checkout.check_checkout(root))["envs/robot/robot.py"]
