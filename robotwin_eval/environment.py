@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 DRIVER = Path(__file__).parent / "adapters" / "driver.py"
 CONDITIONS = ("demo_clean", "demo_randomized")
 MAX_TRIES = 20  # seeds per episode wanted, before the expert is taken to be broken
+MAX_ENDED = 3  # seeds in a row at which RoboTwin's process ends, before the next ones are not tried
+PATIENCE_S = 5.0  # with a driver that is to end, before it is killed
+
+
+class _EndedError(RuntimeError):
+    """RoboTwin's process did not answer."""
 
 
 class RoboTwinHarness(Harness):
@@ -102,10 +109,17 @@ class RoboTwinHarness(Harness):
 
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
         """Seeds that the scripted expert solves, as RoboTwin's own evaluation takes them, with an instruction each."""
-        found, reason = 0, ""
+        found, reason, ended = 0, "", 0
         for seed in range(first, first + MAX_TRIES * count):
             request = {"task": task, "condition": condition, "seed": seed, "instruction_type": self._instruction_type}
-            answer = self._ask("check", **request)
+            try:
+                answer, ended = self._ask("check", **request), 0
+            except _EndedError as error:  # a crash of the simulator belongs to the seed, unless it crashes at every one
+                ended += 1
+                if ended == MAX_ENDED:
+                    raise UserError(f"{task}: at {ended} seeds in a row {error}") from error
+                print(f"{task}, seed {seed}: RoboTwin's process has ended, so it is left out", file=sys.stderr)
+                answer = {"solved": False, "reason": "RoboTwin's process has ended"}
             if answer["solved"]:
                 report(Start(task, condition, seed, answer["instruction"]))
                 found += 1
@@ -135,7 +149,9 @@ class RoboTwinHarness(Harness):
                 port=self._server.port,
                 film=frames,
             )
-            pictures = list(np.load(frames)) if frames else []
+            pictures = list(np.load(frames)) if frames and answer["filmed"] else []
+            if frames and not answer["filmed"]:
+                print(f"no film of {start.task}, seed {start.seed}: {scratch} cannot be written to", file=sys.stderr)
         chunks = [Chunk(**chunk) for chunk in answer["chunks"]]
         return Outcome(answer["success"], answer["steps"], start.instruction, chunks, pictures)
 
@@ -158,7 +174,8 @@ class RoboTwinHarness(Harness):
         if "error" in answer:
             self._stop_driver()
             tail = "".join(self._log).strip()
-            raise RuntimeError(f"{answer['error']}; the end of RoboTwin's output:\n{tail[-2000:]}")
+            kind = RuntimeError if line else _EndedError
+            raise kind(f"{answer['error']}; the end of RoboTwin's output:\n{tail[-2000:]}")
         return answer
 
     def _start_driver(self) -> None:
@@ -194,7 +211,7 @@ class RoboTwinHarness(Harness):
                 with contextlib.suppress(OSError):  # closing flushes what a process that is gone did not read
                     stream.close()
         try:
-            process.wait(timeout=5)
+            process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

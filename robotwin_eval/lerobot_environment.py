@@ -23,23 +23,29 @@ if TYPE_CHECKING:
 class LeRobotRoboTwinHarness(LeRobotHarness):
     """LeRobot's environment with RoboTwin's camera names and step limits; unstable seeds are left out."""
 
+    needs_instructions = True  # LeRobot draws some anew at every reset
+    looks_for_starts = True
+
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
         super().__init__("robotwin", settings, device)
 
     @classmethod
     def protocol(cls, kind: str, settings: Mapping[str, Any]) -> str:
+        limit = settings.get("fields", {}).get("episode_length")
+        limits = f"{limit} steps in every task" if limit else "RoboTwin's step limit of each task"
         return (
-            "LeRobot's RoboTwin environment. Not RoboTwin's protocol: no expert check, the task's name as instruction, "
-            "clean scenes only, one step limit for all tasks unless it was set"
+            "LeRobot's RoboTwin environment. Not RoboTwin's protocol: no expert check, only unstable seeds are left "
+            "out; LeRobot's instructions, which are the task's name, or a template in the ranking of blocks; clean "
+            f"scenes only; {limits}"
         )
 
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
-        """Seeds in order, without those at which RoboTwin finds the scene unstable."""
+        """Seeds in order, without those at which RoboTwin finds the scene unstable, with LeRobot's instructions."""
         seeds = count_from(first)
         while count:
             seed = next(seeds)
             if self._is_stable(task, seed):
-                report(Start(task, condition, seed))
+                report(Start(task, condition, seed, self._instruction()))
                 count -= 1
 
     def _is_stable(self, task: str, seed: int) -> bool:

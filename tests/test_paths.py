@@ -7,6 +7,7 @@ import pytest
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation import offline
 from ofp_lerobot.evaluation.closed_loop import command as compare
+from ofp_lerobot.evaluation.closed_loop import settings
 from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.interop import command as interop
 from ofp_lerobot.serving import command as serving
@@ -42,7 +43,7 @@ PLACES = ("", "checkpoints/last", "checkpoints/000010/pretrained_model")
 def test_what_servers_and_comparisons_load(run, place):
     runner = Runner.load(str(run / place), device="cpu")  # ofp-serve, ofp-policy-server, ofp-compare
     assert runner.action_size == small.ACTIONS
-    assert compare.fingerprint(str(run / place)) == compare.fingerprint(str(run / PLACES[-1])) is not None
+    assert settings.fingerprint(str(run / place)) == settings.fingerprint(str(run / PLACES[-1])) is not None
 
 
 @pytest.mark.parametrize("place", PLACES)

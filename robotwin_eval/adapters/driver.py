@@ -50,6 +50,16 @@ def settings_of(task, condition):
     return args
 
 
+def save(film, frames):
+    """Whether the frames could be written: the episode has been played either way."""
+    try:
+        np.save(film, np.stack(frames))
+    except OSError:
+        traceback.print_exc()
+        return False
+    return True
+
+
 class Driver:
     """One task's environment at a time."""
 
@@ -99,9 +109,9 @@ class Driver:
                     break
         self._played += 1
         env.close_env(clear_cache=self._played % self._args.get("clear_cache_freq", CLEAR_CACHE) == 0)
-        if film:
-            np.save(film, np.stack(frames))
-        return {"success": bool(env.eval_success), "steps": int(env.take_action_cnt), "chunks": chunks}
+        filmed = bool(film) and save(film, frames)
+        result = {"success": bool(env.eval_success), "steps": int(env.take_action_cnt), "chunks": chunks}
+        return {**result, "filmed": filmed}
 
     def _open(self, task, condition):
         if self._task == (task, condition):

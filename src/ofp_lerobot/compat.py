@@ -180,6 +180,13 @@ def names_are_mapped() -> bool:
     return not UNTIL_0_6_1
 
 
+def under_policy_names(stats: Any, rename_map: dict[str, str]) -> Any:
+    """A dataset's statistics as LeRobot's processors get them; until 0.6.1 a --rename_map did not reach them."""
+    if UNTIL_0_6_1 or stats is None:
+        return stats
+    return {rename_map.get(key, key): values for key, values in stats.items()}
+
+
 # Model cards
 
 

@@ -24,5 +24,7 @@ def resolve_device(name: str | None) -> str:
 
 def synchronise(device: torch.device) -> None:
     """Waits for the work queued on the device, so that a clock read next has it all."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.closed_loop import command as compare
-from ofp_lerobot.evaluation.closed_loop import workers
+from ofp_lerobot.evaluation.closed_loop import settings, workers
 from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, run_jobs
@@ -386,6 +387,12 @@ def test_no_initial_state_of_libero_is_played_twice(monkeypatch, tmp_path):
         harness._choose_initial_state(50)
     harness._choose_initial_state(49)
     assert environment.init_state_id == 49
+    (example,) = (line for line in compare._EPILOG.replace("\\\n", "").splitlines() if "libero" in line)
+    command, *options = shlex.split(example)
+    assert command == "ofp-compare"
+    found.clear()
+    compare.starts_to_play(compare.parse_arguments([*options, f"--output={tmp_path}"]), None, None)
+    assert [start.seed for start in found] == 2 * list(range(50))
 
 
 def test_jump():
@@ -420,4 +427,4 @@ def test_samples_are_a_setting_that_older_directories_do_not_know():
         PolicySpec.parse_flag("name=best,path=somewhere,temperature=2")
     now = {**asdict(PolicySpec("one", "here", steps=1)), "checkpoint": None}
     older = {key: value for key, value in now.items() if key not in ("samples", "temperature")}
-    assert compare.is_same_policy(older, now) and not compare.is_same_policy(older, {**now, "samples": 8})
+    assert settings.is_same_policy(older, now) and not settings.is_same_policy(older, {**now, "samples": 8})

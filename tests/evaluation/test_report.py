@@ -1,5 +1,6 @@
 """The report compares like with like; expected values by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,10 @@ def test_a_policy_without_outcomes_leaves_the_others_alone():
     report = summarise([*played("old", "easy", "10"), episode("new", "easy", 0, None)], POLICIES, SETTINGS)
     assert [(row["episodes"], row["errors"]) for row in report["overall"]] == [(0, 1), (2, 0)]
     assert report["paired"] == [{"policy": "new", "baseline": "old", "episodes": 0}]
-    markdown(report)
+    assert report["without_outcome"] == ["new"]
+    assert "Incomplete: no outcome yet of new. Rates" in markdown(report)
+    whole = summarise(played("old", "easy", "10"), POLICIES[1:], SETTINGS)
+    assert whole["without_outcome"] == [] and "Incomplete" not in markdown(whole)
 
 
 def test_each_task_has_its_difference_and_its_latency():
@@ -53,3 +57,16 @@ def test_each_task_has_its_difference_and_its_latency():
     assert [t["latency_ms_p95"] for t in report["timing"]["old"]["tasks"]] == [20, 40]
     lines = [line for line in markdown(report).splitlines() if line.startswith("| a | new")]
     assert len(lines) == 1 and "+100.0 [" in lines[0] and "| 0.0312 | 2.0 (2.0) |" in lines[0]
+
+
+def test_other_instructions_are_other_episodes():
+    episodes = played("new", "a", "1110") + played("old", "a", "0110")
+    episodes[0] = replace(episodes[0], instruction="go elsewhere")
+    report = summarise(episodes, POLICIES, SETTINGS)
+    (pair,) = report["paired"]
+    assert (pair["episodes"], pair["other_instructions"], pair["first_only"], pair["second_only"]) == (3, 1, 0, 0)
+    assert "given different instructions: 1." in markdown(report)
+    episodes = played("new", "a", "1") + [replace(each, instruction="x") for each in played("old", "a", "0")]
+    report = summarise(episodes, POLICIES, SETTINGS)
+    assert report["paired"] == [{"policy": "new", "baseline": "old", "other_instructions": 1, "episodes": 0}]
+    assert "given different instructions: 1." in markdown(report)

@@ -186,8 +186,13 @@ def test_another_programs_flags_are_its_own(checkpoint, monkeypatch):
 def test_a_policy_named_beside_a_run_to_resume(checkpoint, dataset, tmp_path):
     """LeRobot takes the one that is named, and then has no state to go on from."""
     (tmp_path / "train_config.json").write_text(json.dumps({"policy": {"type": "ofp"}}))
+    (tmp_path / "resumed.json").write_text(json.dumps({"policy": {"type": "ofp"}, "resume": True}))
     flags = [*runs.train_flags(dataset, tmp_path / "out"), f"--policy.path={checkpoint}", "--policy.push_to_hub=false"]
-    for resume in (["--resume=true"], ["--resume", "true", f"--config_path={tmp_path / 'train_config.json'}"]):
+    for resume in (
+        ["--resume=true"],
+        ["--resume", "true", f"--config_path={tmp_path / 'train_config.json'}"],
+        [f"--config_path={tmp_path / 'resumed.json'}"],
+    ):
         with pytest.raises(ValueError, match="checkpoint that --config_path names.*leave --policy.path out"):
             runs.lerobot_train(*flags, *resume)
 

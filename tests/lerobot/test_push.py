@@ -149,6 +149,37 @@ def test_download_honours_revision_token_and_cache_dir(push, tmp_path):
     assert (snapshots / newer.sha / WEIGHTS).exists()
 
 
+def test_an_adapter_comes_with_the_revision_of_its_base_that_it_names(tmp_path, monkeypatch):
+    """As LeRobot loads it. The adapter is new, so that it changes nothing."""
+    from huggingface_hub import constants
+    from peft import LoraConfig
+
+    from ofp_lerobot.checkpoints.reader import read_policy
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    batch, noise = small.batch(1), torch.randn(1, small.HORIZON, 8)
+    with hub_server.running() as hub:
+        answers, commits = [], []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            policy = small.ofp_policy(branch=0.5, objective="flow_matching")
+            policy.save_pretrained(tmp_path / "base")
+            files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+            commits.append(hub.commit("me/base", files))
+            answers.append(policy.predict_action_chunk(batch, noise=noise))
+        assert not torch.equal(*answers)
+        policy.config.pretrained_path = Path("me/base")
+        adapter = policy.wrap_with_peft(LoraConfig(r=4, target_modules=policy.adapted))
+        adapter.save_pretrained(tmp_path / "adapter")
+        path = tmp_path / "adapter" / "adapter_config.json"
+        saved = json.loads(path.read_text())
+        for revision, expected in ((commits[0].sha, answers[0]), (None, answers[1])):
+            path.write_text(json.dumps({**saved, "base_model_name_or_path": "me/base", "revision": revision}))
+            with hub_server.connected(hub):
+                loaded = read_policy(tmp_path / "adapter", small.ofp_config(use_peft=True, objective="flow_matching"))
+            assert torch.equal(loaded.predict_action_chunk(batch, noise=noise), expected)
+
+
 @pytest.mark.parametrize(
     "wanted, message",
     [({"token": False}, f"{REPO}.*neither a directory nor a Hub"), ({"revision": "v9"}, f"{REPO}.*no revision 'v9'")],

@@ -1,5 +1,6 @@
 """What LeRobot's rollout and evaluation call: real-time chunking, torch.compile, warm start across chunks."""
 
+import copy
 import os
 import time
 
@@ -197,6 +198,20 @@ def test_compiled_model_is_two_whole_graphs_and_acts_the_same(name, compiled_and
     compiled, plain = compiled_and_plain(name)
     assert modes == ["default", "default"]  # encode and velocity
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_of_a_compiled_policy_answers_with_its_own_weights(monkeypatch):
+    """An average of weights, say, or one that trains on."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, *, mode: compile_(function, backend="eager"))
+    policy, batch, noise = small.ofp_policy(branch=0.5, compile_model=True), small.batch(1), draw(1)
+    before, copied = policy.predict_action_chunk(batch, noise=noise), copy.deepcopy(policy)
+    with torch.no_grad():
+        copied.model.action_out_proj.bias += 1
+    moved = copied.predict_action_chunk(batch, noise=noise)
+    assert torch.equal(policy.predict_action_chunk(batch, noise=noise), before)
+    torch.testing.assert_close(moved, before - 1)  # one step from t = 1 subtracts the velocity
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.skipif("OFP_TEST_INDUCTOR" not in os.environ, reason="gcc compiles for a minute: set OFP_TEST_INDUCTOR=1")

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from ofp_lerobot import compat
+from ofp_lerobot.policies import asked
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
-from ofp_lerobot.policies.training_state import FILENAME, load_training_state
+from ofp_lerobot.policies.training_state import FILENAME, load_training_state, resumed_from
 from tests import runs, small
 from tests.kinds import KINDS
 
@@ -88,6 +89,43 @@ def test_new_run_from_an_ofp_checkpoint_starts_the_schedules_anew(trained, datas
     assert state(output, 1).step == 1
     moved = [n for n, w in weights(output, 1).items() if not torch.equal(w, weights(trained, 4)[n])]
     assert any("target_time_mlp" in n for n in moved)
+
+
+def test_new_run_with_the_settings_of_an_old_one_is_new(trained, tmp_path):
+    """The old run's own file and weights, without --resume: LeRobot begins anew, and so do the schedules."""
+    output, start = tmp_path / "out", runs.checkpoint(trained, 4)
+    shutil.copytree(start, tmp_path / "start" / "pretrained_model")  # without its training state
+    start = tmp_path / "start" / "pretrained_model"
+    settings = f"--config_path={start / 'train_config.json'}", f"--policy.path={start}", f"--output_dir={output}"
+    runs.lerobot_train(
+        *settings, "--steps=1", "--save_freq=1", "--eval_steps=0", "--seed=11", "--policy.optimizer_lr=1e-3"
+    )
+    assert (state(output, 1).step, state(output, 1).seed) == (1, 11)
+    assert json.loads((runs.checkpoint(output, 1) / "train_config.json").read_text())["optimizer"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_file", "resumes"),
+    [
+        ([], False, False),
+        (["--resume=true"], False, True),
+        (["--resume", "True"], False, True),
+        (["--resume=false"], True, False),
+        ([], True, True),
+        (["--resume=false", "--resume=true"], False, True),
+    ],
+)
+def test_a_run_resumes_where_lerobot_says_so(flags, in_file, resumes, monkeypatch, tmp_path):
+    """A flag is stronger than the file, and the last one counts, as LeRobot's parser has it."""
+    directory = tmp_path / "checkpoints" / "000002" / "pretrained_model"
+    directory.mkdir(parents=True)
+    (directory / "train_config.json").write_text(json.dumps({"resume": in_file}))
+    for named in (directory, directory / "train_config.json"):
+        monkeypatch.setattr(sys, "argv", ["lerobot-train", f"--config_path={named}", *flags])
+        assert resumed_from(directory) is None  # another program's flags are its own
+        with monkeypatch.context() as training:
+            training.setattr(asked, "_lerobot_trains", lambda: True)
+            assert resumed_from(directory) == (directory if resumes else None)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,15 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import ACTION
+from lerobot.utils.device_utils import auto_select_torch_device
 from safetensors.torch import load_file, save_file
 
 from ofp_lerobot.objectives import OFPPaperSettings
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
+from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import small
+from tests.kinds import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,10 @@ def test_tied_weights_of_openpi_are_untied(copy):
         ({"objective": "mean_flow", "gradient_checkpointing": True}, "set --policy.gradient_checkpointing=false"),
         ({"consistency_weight": -1.0}, "consistency_weight must be at least 0"),
         ({"sharpening_noise": 1.5}, r"sharpening_noise must be in \[0, 0.9\], got 1.5"),
+        ({"time_sampling_beta_alpha": 0.0}, "time_sampling_beta_alpha must be at least"),
+        ({"time_sampling_scale": 3.0}, r"time_sampling_scale must be in \[0, 0.999\]"),
+        ({"time_sampling_offset": -2.0}, r"time_sampling_offset must be in \[0, 1\]"),
+        ({"time_sampling_offset": 0.5}, r"time_sampling_scale must be in \[0, 0.5\]"),
         ({"time_sampling_beta_beta": 2.0}, "time_sampling_beta_beta must be 1"),
         ({"image_resolution": (32, 64)}, "image_resolution must be square"),
     ],
@@ -129,6 +137,25 @@ def test_missing_quantiles():
     stats = {key: {n: torch.zeros(5) for n in names} for key in ("observation.state", ACTION)}
     with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*augment_dataset"):
         OFPPolicy(small.ofp_config(), dataset_stats=stats)
+
+
+@pytest.mark.parametrize("renames", [False, True])
+def test_statistics_under_the_datasets_names(renames, monkeypatch):
+    """LeRobot hands them over with the dataset's names, and since 0.6.2 normalises by a --rename_map's."""
+    values = {"q01": -torch.ones(5), "q99": torch.ones(5)}
+    stats = {"observation.joints": values, ACTION: values}
+    flag = '--rename_map={"observation.joints": "observation.state"}'
+    monkeypatch.setattr("sys.argv", ["lerobot-train", flag])
+    monkeypatch.setattr("ofp_lerobot.policies.asked._lerobot_trains", lambda: True)
+    monkeypatch.setattr("ofp_lerobot.compat.UNTIL_0_6_1", not renames)
+    if renames:
+        assert OFPPolicy(small.ofp_config(), dataset_stats=stats)._dataset_stats["observation.state"] is values
+    else:
+        message = (
+            "no statistics of 'observation.state', only of action, observation.joints: .* rename it in the dataset"
+        )
+        with pytest.raises(ValueError, match=message):
+            OFPPolicy(small.ofp_config(), dataset_stats=stats)
 
 
 @pytest.mark.parametrize("present", [(), small.CAMERAS[:1]])
@@ -171,6 +198,30 @@ def test_absent_gpu(monkeypatch):
     config = small.ofp_config(device="cuda")
     with pytest.raises(ValueError, match="device 'cuda' is not available.*--policy.device=cpu"):
         OFPPolicy(config)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "ofp_unet"])
+def test_a_checkpoint_of_another_machine(name, monkeypatch, tmp_path):
+    """Its config.json says where it was trained. Nobody asked for that here, so it loads, with LeRobot's warning."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    unet = {"down_dims": (8, 16), "diffusion_step_embed_dim": 8, "device": "cpu", **small.features(cameras=())}
+    policy = OFPUnetPolicy(OFPUnetConfig(**unet)) if name == "ofp_unet" else KINDS[name].policy()
+    policy.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "device": "cuda"}))
+    load = type(policy).from_pretrained
+    there = auto_select_torch_device().type
+    assert load(tmp_path).config.device == there  # as LeRobot's async server does
+    assert load(tmp_path, config=PreTrainedConfig.from_pretrained(tmp_path)).config.device == there
+    for asked in (["--device=cuda"], ["--device", "cuda"]):
+        config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=asked)
+        with pytest.raises(ValueError, match=f"device 'cuda' is not available.*--policy.device={there}"):
+            load(tmp_path, config=config)
+    config.device = "cpu"
+    assert load(tmp_path, config=config).config.device == "cpu"
+    config.device = "cuda"
+    with pytest.raises(ValueError, match=f"device 'cuda' is not available.*--policy.device={there}"):
+        load(tmp_path, config=config)
 
 
 def test_another_robots_actions(saved):

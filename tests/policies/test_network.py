@@ -128,6 +128,32 @@ def test_gradients_through_shared_and_checkpointed_passes_equal_those_of_separat
         torch.testing.assert_close(checkpointed[name], expected, atol=0, rtol=0, msg=name)
 
 
+def test_checkpointed_passes_repeat_what_is_dropped_at_random(policy):
+    """As LoRA's dropout, which PEFT brings into the layers."""
+    if not hasattr(policy.model, "set_gradient_checkpointing"):
+        pytest.skip("it has no gradient checkpointing")
+    observation, x, t, r = inputs(policy, b=2, draws=1)
+    layers = [module for name, module in policy.model.named_modules() if name.endswith("mlp.down_proj")]
+    hooks = [layer.register_forward_hook(lambda _, __, y: torch.nn.functional.dropout(y, 0.3)) for layer in layers]
+
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        policy.model.set_gradient_checkpointing(checkpointing)
+        policy.zero_grad()
+        policy.model(policy.model.encode(*observation), x, t, r).square().sum().backward()
+        return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    policy.train()
+    plain, checkpointed = gradients(False), gradients(True)
+    policy.model.set_gradient_checkpointing(False)
+    policy.eval()
+    for hook in hooks:
+        hook.remove()
+    policy.zero_grad()
+    for name, expected in plain.items():
+        torch.testing.assert_close(checkpointed[name], expected, atol=0, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("per_query", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_equals_the_formula(kv_heads, per_query):

@@ -141,12 +141,14 @@ def test_forward_derivative_of_the_network():
     assert u.requires_grad and difference.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_trains_it(objective):
+def test_every_objective_trains_it(objective, amp):
     inputs = {OBS_STATE: STATE, CAMERA: IMAGE}
     policy = unet_policy(inputs, objective=objective, branch=0.2, num_noise_draws=2, resize_shape=LARGER)
     policy.train()
-    loss, _ = policy(batch(3), reduction="none")
+    with torch.autocast("cpu", enabled=amp):
+        loss, _ = policy(batch(3), reduction="none")
     assert loss.shape == (3,)
     loss.mean().backward()
     missing = [n for n, p in policy.model.named_parameters() if p.requires_grad and p.grad is None]

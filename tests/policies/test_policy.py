@@ -10,6 +10,7 @@ from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
 from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.scalars import LaggingScalars
+from ofp_lerobot.policies.training_state import FILENAME
 from ofp_lerobot.policies.vla import policy as vla_policy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
 from tests import small
@@ -107,6 +108,16 @@ def test_every_objective_trains_the_policy(objective, name):
     policy.update()
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("objective", [name for name, each in OBJECTIVES.items() if each.differentiates])
+def test_objectives_that_differentiate_forward_train_under_autocast(objective, name):
+    policy = KINDS[name].policy(objective=objective, branch=0.2)
+    policy.train()
+    with torch.autocast("cpu"):
+        policy(small.batch(2))[0].backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.get_optim_params() if p.grad is not None)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_network_differentiates_forward_as_its_finite_difference(attention):
     """What MeanFlow needs of it: du/dt along a direction, and gradients of u meanwhile."""
@@ -167,7 +178,35 @@ def test_a_texts_extent_is_taken_over_only_from_a_device_and_for_the_same_tokens
 def test_scalars_are_read_a_call_late_on_a_gpu():
     scalars = LaggingScalars()
     read = [scalars.read({"a": torch.tensor(float(i), device="cuda")})["a"] for i in range(4)]
-    assert read == [0.0, 0.0, 1.0, 2.0]
+    assert read == [0.0, 0.0, 1.0, 2.0] and scalars.last() == {"a": 3.0}
+
+
+class Late(LaggingScalars):
+    """As on a GPU."""
+
+    def read(self, scalars):
+        now = {name: float(value.detach()) for name, value in scalars.items()}
+        before, self._now = getattr(self, "_now", now), now
+        return dict(before)
+
+    def last(self):
+        return self._now
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+    """On a GPU it is read a call late, and a checkpoint may come in between."""
+    policy, broken = small.ofp_policy(), small.batch(2)
+    broken[ACTION][1, 2, 3] = float("nan")
+    policy.train()
+    policy._scalars = Late()
+    policy(small.batch(2))
+    policy.save_pretrained(tmp_path / "1" / "pretrained_model")
+    policy(broken)
+    with pytest.raises(ValueError, match="NaN or infinite values in a batch's actions"):
+        policy.save_pretrained(tmp_path / "2" / "pretrained_model")
+    weights = [path.parent.parent.name for path in tmp_path.rglob("model.safetensors")]
+    states = [path.parent.parent.name for path in tmp_path.rglob(FILENAME)]
+    assert weights == states == ["1"]
 
 
 def test_the_teacher_is_an_average_of_the_student_and_what_the_loss_asks():
@@ -265,3 +304,45 @@ def test_select_action_executes_n_action_steps_of_each_chunk():
     for chunk, noise in zip(chunks, noises, strict=True):
         for i in range(4):
             assert torch.equal(policy.select_action(batch, noise=noise), chunk[:, i])
+
+
+def test_more_actions_than_at_first_are_executed_from_the_chunks_start():
+    policy, batch = small.ofp_policy(branch=0.2), small.batch(2)
+    noise = torch.randn(2, small.HORIZON, 8)
+    chunk = policy.predict_action_chunk(batch, noise=noise)
+    policy.config.n_action_steps = small.HORIZON
+    for i in range(small.HORIZON):
+        assert torch.equal(policy.select_action(batch, noise=noise), chunk[:, i])
+
+
+def test_queued_relative_actions_are_refused():
+    """LeRobot's postprocessor would add each one to the newest state, not to the state of its chunk."""
+    policy = small.ofp_policy(use_relative_actions=True)
+    with pytest.raises(ValueError, match=r"relative.*--policy.n_action_steps=1"):
+        policy.select_action(small.batch(1))
+    small.ofp_policy(use_relative_actions=True, n_action_steps=1).select_action(small.batch(1))
+
+
+def test_a_warm_start_without_a_rest_is_told_once(caplog):
+    short = small.ofp_policy(warm_start=0.15)
+    whole = small.ofp_policy(warm_start=0.15, n_action_steps=small.HORIZON)
+    for policy, times in ((short, 0), (whole, 1)):
+        caplog.clear()
+        for _ in range(2 * small.HORIZON + 1):
+            policy.select_action(small.batch(1))
+        assert caplog.text.count("warm_start=0.15 has no effect") == times
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("objective", [name for name, each in OBJECTIVES.items() if not each.uses_target_time])
+def test_an_objective_without_average_velocities_is_sampled_with_euler(objective, name):
+    policy = KINDS[name].policy(branch=0.5, objective=objective, num_inference_steps=3)
+    batch = small.batch(1)
+    assert policy.config.sampler == "euler"
+    seen = []
+    forward = policy.model.forward
+    policy.model.forward = policy._velocity = lambda prefix, x, t, r, *more: (
+        seen.append((t, r)) or forward(prefix, x, t, r, *more)
+    )
+    policy.predict_action_chunk(batch)
+    assert len(seen) == 3 and all(torch.equal(t, r) for t, r in seen)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -257,6 +258,27 @@ def test_the_comparison_on_lerobots_environment(lerobots_checkout, runner, obser
         assert observation["task"] == "adjust bottle"
         for camera, side in enumerate(("head", "left", "right")):
             np.testing.assert_allclose((images[0, camera, :, 16, 16].numpy() + 1) * 127.5, COLOURS[side], atol=0.5)
+
+
+def test_policies_of_one_start_get_one_instruction(lerobots_checkout, runner, observed, monkeypatch):
+    """LeRobot draws the instruction of two tasks at every reset."""
+    from lerobot.envs.robotwin import RoboTwinEnv
+
+    reset, words = RoboTwinEnv.reset, (f"put it {i} to the left" for i in count())
+
+    def draws(self, **kwargs):
+        found = reset(self, **kwargs)
+        self.task_description = next(words)
+        return found
+
+    monkeypatch.setattr(RoboTwinEnv, "reset", draws)
+    harness, starts = LeRobotRoboTwinHarness("lerobot-robotwin", {}), []
+    harness.find_starts("adjust_bottle", "", 2, 1000, starts.append)
+    outcomes = [harness.play(start, runner, 0, {}, film=False) for start in starts * 2]
+    harness.close()
+    first, second = (start.instruction for start in starts)
+    assert first != second and [outcome.instruction for outcome in outcomes] == [first, second] * 2
+    assert {observation["task"] for observation in observed} == {first, second}
 
 
 def test_lerobot_eval_itself(lerobots_checkout, policy_path, tmp_path):

@@ -1,6 +1,8 @@
 """LeRobot's async inference with our policy: its own server behind our launcher, its own client, real gRPC."""
 
+import json
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -122,11 +124,17 @@ def test_lerobots_client_drives_the_policy(server, kind, request, somewhere):
 
 
 def test_the_server_looks_at_the_first_state(server, ofp, somewhere):
-    """In degrees, say; LeRobot's client reads no answer to that, so it is in the server's log."""
+    """In degrees, say; LeRobot's client reads no answer to that, so it is in the server's log.
+
+    The checkpoint was trained on a GPU, which this server has not.
+    """
     from lerobot.async_inference.configs import RobotClientConfig
     from lerobot.async_inference.robot_client import RobotClient
 
-    config = {"policy_type": "ofp", "pretrained_name_or_path": str(ofp), "actions_per_chunk": EXECUTED}
+    checkpoint = shutil.copytree(ofp, somewhere / "checkpoint")
+    saved = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**saved, "device": "cuda"}))
+    config = {"policy_type": "ofp", "pretrained_name_or_path": str(checkpoint), "actions_per_chunk": EXECUTED}
     robot = TinyRobotConfig(id="tiny", calibration_dir=somewhere)
     client = RobotClient(RobotClientConfig(**config, robot=robot, task="open the window", server_address=server))
     seen = client.robot.get_observation()

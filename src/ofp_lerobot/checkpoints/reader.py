@@ -172,7 +172,8 @@ def load_peft(source: str | Path, config: PreTrainedConfig) -> Any:
     adapter = PeftConfig.from_pretrained(str(source))
     if not adapter.base_model_name_or_path:
         raise ValueError(f"the adapter in {source} does not name the policy it was trained on")
-    policy = OURS[config.type].policy.from_pretrained(adapter.base_model_name_or_path, config=config)
+    base: Any = adapter.base_model_name_or_path
+    policy = OURS[config.type].policy.from_pretrained(base, revision=adapter.revision, config=config)
     return PeftModel.from_pretrained(policy, str(source), config=adapter)
 
 

@@ -26,9 +26,10 @@ def logit_normal(n: int, generator: Generator, mean: float, std: float) -> Tenso
 def with_derivative(velocity: Velocity, x: Tensor, t: Tensor, r: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     """u(x, t, r) and its total derivative du/dt = ∂u/∂x·dx + ∂u/∂t along dx/dt, both (n, horizon, action_dim).
 
-    One Jacobian-vector product; fused attention has none, so attention runs unfused meanwhile.
+    One Jacobian-vector product; fused attention has none, so attention runs unfused meanwhile. Nor has a convolution
+    under autocast, which is off meanwhile.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
         result: Any = torch.func.jvp(velocity, (x, t, r), (dx, torch.ones_like(t), torch.zeros_like(r)))
     return result
 

@@ -48,4 +48,7 @@ class Settings:
         """Raises ValueError where one is out of range."""
         within("consistency_weight", self.consistency_weight, 0)
         within("sharpening_noise", self.sharpening_noise, 0, 0.9)  # at 1 every target is the mean
+        within("time_sampling_beta_alpha", self.time_sampling_beta_alpha, 0.01)
+        within("time_sampling_offset", self.time_sampling_offset, 0, 1)
+        within("time_sampling_scale", self.time_sampling_scale, 0, 1 - self.time_sampling_offset)
         self.ofp_paper.check()

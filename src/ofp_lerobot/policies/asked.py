@@ -13,6 +13,8 @@ import draccus
 import yaml
 from lerobot.configs import parser
 from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+from lerobot.utils.hub import find_latest_hub_checkpoint
 
 from ..compat import TRAINS_LORA_BY_USE_PEFT
 from .sources import find_file
@@ -28,9 +30,9 @@ _TRAINING = (("lerobot", "configs", "train.py"), ("lerobot", "scripts", "lerobot
 _STILL_READ = "optimizer.grad_clip_norm"  # when a run is resumed; the rest comes from the optimizer's saved state
 
 
-def in_flags(section: str) -> dict[str, str]:
-    """Of the command line: `--section.name=value` and `--section.name value`, by name."""
-    start, found, words = f"--{section}.", {}, sys.argv[1:]
+def in_flags(section: str = "") -> dict[str, str]:
+    """Of the command line: `--section.name=value` and `--section.name value`, by name; without a section all."""
+    start, found, words = f"--{section}." if section else "--", {}, sys.argv[1:]
     for word, following in zip(words, [*words[1:], "--"], strict=False):
         name, equals, value = word.removeprefix(start).partition("=")
         if word.startswith(start) and (equals or not following.startswith("--")):
@@ -50,15 +52,38 @@ def _lerobot_trains() -> bool:
 
 def in_file(section: str, directory: Path | None = None) -> dict[str, Any]:
     """Of `--config_path`, or of a checkpoint's directory; nothing where that is not on this machine."""
-    named = directory or parser.parse_arg("config_path")
+    found = _content(directory or parser.parse_arg("config_path")).get(section)
+    return found if isinstance(found, dict) else {}
+
+
+def _content(named: str | Path | None) -> dict[str, Any]:
+    """Of a run's configuration, by its file or a checkpoint's directory."""
     if named is None:
         return {}
     path = Path(named) / TRAIN_CONFIG_NAME if Path(named).is_dir() else Path(named)
-    if not path.is_file():
-        return {}
-    content = yaml.safe_load(path.read_text())  # JSON is YAML
-    found = content.get(section) if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
+    content = yaml.safe_load(path.read_text()) if path.is_file() else None  # JSON is YAML
+    return content if isinstance(content, dict) else {}
+
+
+def resumes() -> bool:
+    """Whether it is a run of `lerobot-train` that goes on: `--resume`, else what the file of `--config_path` says.
+
+    A run that was once resumed has `resume: true` in the file that it saves.
+    """
+    if not _lerobot_trains():  # other programs have a --resume of their own
+        return False
+    flag, named = in_flags().get("resume"), parser.parse_arg("config_path")
+    if flag is not None or named is None:
+        return flag is not None and yaml.safe_load(flag) is True
+    return _content(named if Path(named).exists() else _on_hub(named)).get("resume") in (True, "true")
+
+
+def _on_hub(repo: str) -> Path | None:
+    """The configuration that LeRobot has read: the repository's own, else that of its latest checkpoint."""
+    if (own := find_file(repo, TRAIN_CONFIG_NAME)) is not None:
+        return own
+    latest = find_latest_hub_checkpoint(repo)
+    return None if latest is None else find_file(repo, f"{latest}/{PRETRAINED_MODEL_DIR}/{TRAIN_CONFIG_NAME}")
 
 
 def episodes_in_use(resumed: Path | None) -> list[int] | None:
@@ -69,6 +94,14 @@ def episodes_in_use(resumed: Path | None) -> list[int] | None:
     listed = {**in_file("dataset", resumed), **in_flags("dataset")}.get("episodes")
     listed = yaml.safe_load(listed) if isinstance(listed, str) else listed
     return [int(episode) for episode in listed] if isinstance(listed, list) else None
+
+
+def rename_map(resumed: Path | None) -> dict[str, str]:
+    """The names of the dataset's features in the policy, as `lerobot-train` was told. resumed: as above."""
+    if not _lerobot_trains():
+        return {}
+    given = in_flags().get("rename_map")
+    return in_file("rename_map", resumed) if given is None else yaml.safe_load(given) or {}
 
 
 def refuse_what_the_preset_overrules(config: Any, optimizer: Any, scheduler: Any) -> None:
@@ -103,14 +136,9 @@ def _cure(config: Any, section: str, name: str, value: Any) -> str | None:
 
 
 def refuse_resuming_elsewhere() -> None:
-    """Raises ValueError where a run is to be resumed and its policy is named apart: then LeRobot finds no state.
-
-    Only for who trains: other commands of LeRobot's have a --resume of their own.
-    """
-    if not _lerobot_trains():
-        return
-    named = parser.parse_arg("policy.path")
-    if named is not None and yaml.safe_load(parser.parse_arg("resume") or "false") is True:
+    """Raises ValueError where a run is to be resumed and its policy is named apart: then LeRobot finds no state."""
+    named = parser.get_path_arg("policy")  # of a flag or a file
+    if named is not None and resumes():
         raise ValueError(
             "--resume=true goes on from the checkpoint that --config_path names, with its policy: leave --policy.path "
             f"out. To start a new run from the weights of {named} leave --resume out, and give another --output_dir"

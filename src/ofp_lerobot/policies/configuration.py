@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
+import torch
 from draccus.parsers.decoding import decode_dataclass
 from draccus.utils import DecodingError
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device_available
 
 from ..compat import LEROBOT, name_saving_version
 from ..errors import choice, within
@@ -59,7 +62,10 @@ class FlowMapConfig(Settings):
             cls.__post_init__ = _told_by_draccus(cls.__dict__["__post_init__"])  # type: ignore[attr-defined]
 
     def check_method(self) -> None:
-        """Raises ValueError where a setting of this class is out of range."""
+        """Raises ValueError where a setting of this class is out of range.
+
+        An objective without average velocities is sampled with `euler`, whatever `sampler` says.
+        """
         choice("sampler", self.sampler, ("flow_map", "euler"))
         choice("objective", self.objective, tuple(OBJECTIVES))
         within("num_inference_steps", self.num_inference_steps, 1)
@@ -69,6 +75,8 @@ class FlowMapConfig(Settings):
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
         self.check_settings()
+        if not OBJECTIVES[self.objective].uses_target_time:
+            self.sampler = "euler"
 
     def get_optimizer_preset(self) -> Any:
         """As LeRobot's, which asks for it where a new run begins and drops what the user has set beside it.
@@ -84,12 +92,22 @@ class FlowMapConfig(Settings):
         """Remembers what LeRobot's own `__post_init__` may have replaced by a device that is there."""
         self._absent_device = wanted if wanted and wanted != self.device else None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A device that is set later is the one asked for."""
+        super().__setattr__(name, value)
+        if name == "device":
+            super().__setattr__("_absent_device", None)
+
     def require_device(self: Any) -> None:
         """Raises ValueError where the device asked for is absent. LeRobot has only warned and taken another by then."""
-        if self._absent_device is not None:
+        absent = self._absent_device
+        if absent is None and self.device and not is_torch_device_available(torch.device(self.device).type):
+            absent = self.device
+        if absent is not None:
+            there = auto_select_torch_device().type
             raise ValueError(
-                f"device {self._absent_device!r} is not available on this machine: set --policy.device={self.device} "
-                f"(in Python: PreTrainedConfig.from_pretrained(path, cli_overrides=['--device={self.device}']))"
+                f"device {absent!r} is not available on this machine: set --policy.device={there} "
+                f"(in Python: PreTrainedConfig.from_pretrained(path, cli_overrides=['--device={there}']))"
             )
 
     def on_save(self, hook: Callable[[Path], None]) -> None:
@@ -134,3 +152,18 @@ def _told_by_draccus(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 name_saving_version("ofp", "ofp_pi0", "ofp_smolvla", "ofp_unet")
+
+_read_checkpoints = PreTrainedConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+@functools.wraps(_read_checkpoints)
+def _read_checkpoint(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint's config.json names the device that trained it, which nobody asks for: LeRobot's warning will do."""
+    config = _read_checkpoints(cls, *args, **kwargs)
+    flags = [flag.partition("=")[0] for flag in kwargs.get("cli_overrides") or ()]
+    if isinstance(config, FlowMapConfig) and "--device" not in flags:
+        config.note_device(None)
+    return config
+
+
+PreTrainedConfig.from_pretrained = classmethod(_read_checkpoint)  # type: ignore[assignment]

@@ -19,14 +19,14 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 
-from ..compat import shards_by_fsdp1, without_padding
+from ..compat import shards_by_fsdp1, under_policy_names, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
-from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules
+from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
 from .normalisation import BOUNDS, FAR, check_first_batch
 from .scalars import LaggingScalars
@@ -37,6 +37,10 @@ from .training_state import TrainingState, resumed_from, resumed_state, save_tra
 logger = logging.getLogger(__name__)
 
 _PAD = "action_is_pad"  # LeRobot's mark of chunk steps past the episode's end
+_NOT_FINITE = (
+    "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset (its "
+    "observation.state too) and its statistics, and --policy.optimizer_lr"
+)
 _TRAIN, _EVALUATE, _MONITOR = 0, 1, 2  # streams of randomness
 
 
@@ -52,6 +56,7 @@ class FlowMapPolicy(PreTrainedPolicy):
     config: Any  # with the fields of `configuration.FlowMapConfig`, chunk_size and max_action_dim
     model: Any
     looks_at_first_input = True
+    _told_of_no_rest = False
     """Whether the first observation that it acts on is looked at; whoever does that itself switches it off."""
     encoder: str | tuple[str, ...]
     """Starts of the names of the network's parameters that only `encode` reads; the teacher has none of these."""
@@ -59,7 +64,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     def __init__(self, config: Any, dataset_stats: dict[str, dict[str, Any]] | None = None) -> None:
         """dataset_stats: of the dataset that it trains on."""
         super().__init__(config)
-        self._dataset_stats = dataset_stats
+        renamed = rename_map(resumed_from(config.pretrained_path))
+        self._dataset_stats = under_policy_names(dataset_stats, renamed)
         self._source: tuple[str | Path | None, dict[str, Any]] = None, {}  # the checkpoint it was read from, the Hub's
         if shards_by_fsdp1():  # which flattens what the prefix pass and the teacher read
             raise ValueError(
@@ -97,6 +103,9 @@ class FlowMapPolicy(PreTrainedPolicy):
     # Training
 
     def _save_training_state(self, directory: Path) -> None:
+        """Raises ValueError where the last loss was not finite: LeRobot has not yet written the weights it left."""
+        if not self._scalars.last().get("finite", True):
+            raise ValueError(_NOT_FINITE)
         path = state_path(directory)
         if path is not None and self._seed is not None:
             save_training_state(path, TrainingState(self.teacher_weights or {}, self._step, self._seed))
@@ -117,7 +126,7 @@ class FlowMapPolicy(PreTrainedPolicy):
 
         Padded steps (`action_is_pad`) and padded action dimensions do not enter. Outside training mode the noise is
         the same at every evaluation. Raises ValueError where actions are not finite; on a GPU one call late, until
-        when they are masked.
+        when they are masked, or where a checkpoint is written before.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
@@ -234,10 +243,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         # Evaluation batches log other names, and are rare: they wait for their own.
         logs = (self._scalars if self.training else LaggingScalars()).read(scalars)
         if not logs.pop("finite"):
-            raise ValueError(
-                "NaN or infinite values in a batch's actions, or a loss that is not finite: check the dataset (its "
-                "observation.state too) and its statistics, and --policy.optimizer_lr"
-            )
+            raise ValueError(_NOT_FINITE)
         ratio, (low, high) = logs.get("one_step_std_ratio"), HEALTHY_STD_RATIO
         if ratio is not None:
             healthy = low <= ratio <= high
@@ -331,7 +337,7 @@ class FlowMapPolicy(PreTrainedPolicy):
 
     def reset(self) -> None:
         """Forgets the running plan; call it whenever the environment resets."""
-        self._action_queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        self._action_queue: deque[Tensor] = deque()
         self._rest: Tensor | None = None
         self._last_answer: Tensor | None = None  # with real-time chunking
 
@@ -347,6 +353,14 @@ class FlowMapPolicy(PreTrainedPolicy):
         """
         if not self._action_queue:
             executed = self.config.n_action_steps
+            if self.config.warm_start and executed == self.config.chunk_size and not self._told_of_no_rest:
+                self._told_of_no_rest = True
+                logger.warning(
+                    "warm_start=%s has no effect: all %d actions of a chunk are executed, set a smaller "
+                    "--policy.n_action_steps",
+                    self.config.warm_start,
+                    executed,
+                )
             chunk = self.predict_action_chunk(batch, noise=noise, prev_chunk_left_over=self._rest)
             self._action_queue.extend(chunk[:, :executed].transpose(0, 1))
             self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None

@@ -12,6 +12,7 @@ class LaggingScalars:
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._names: tuple[str, ...] = ()
 
     def read(self, scalars: dict[str, Tensor]) -> dict[str, float]:
         """Scalars on one device -> numbers. On a GPU those of the call before, the first time its own."""
@@ -21,8 +22,17 @@ class LaggingScalars:
         host = torch.empty(values.shape, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(values.device))
         previous, done = self._pending or (host, event)
         self._pending = (host, event)
+        self._names = tuple(scalars)
         done.synchronize()
         return dict(zip(scalars, previous.tolist(), strict=True))
+
+    def last(self) -> dict[str, float]:
+        """Those of the last call, which waits for them; on a CPU, where it has returned them, none."""
+        if self._pending is None:
+            return {}
+        values, done = self._pending
+        done.synchronize()
+        return dict(zip(self._names, values.tolist(), strict=True))

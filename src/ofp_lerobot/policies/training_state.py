@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..flow_map.ema import Weights
+from .asked import resumes
 
 FILENAME = "ofp_training_state.safetensors"
 
@@ -74,6 +75,8 @@ def resumed_from(pretrained_path: str | Path | None) -> Path | None:
     """
     config_path = parser.parse_arg("config_path")
     if config_path is None or pretrained_path is None or state_path(Path(pretrained_path)) is None:
+        return None
+    if not resumes():  # a new run may well have the old one's settings, and start from its weights
         return None
     directory, named = Path(pretrained_path).resolve(), Path(config_path).resolve()
     if named.exists():

@@ -7,6 +7,7 @@ import random
 import threading
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.utils.prune
 from safetensors.torch import load_file
 
 from ofp_lerobot.policies.ofp.engine import engine
+from ofp_lerobot.policies.ofp.engine.graph import Graph, ReplayOrder
 from ofp_lerobot.policies.ofp.engine.operations import Fused, Plain
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from tests import small
@@ -44,6 +46,15 @@ def fast(plain):
 
 def noise_for(batch):
     return torch.randn(len(batch["observation.state"]), small.HORIZON, 8)
+
+
+def test_images_that_are_no_multiple_of_the_patch_answer_as_the_plain_path():
+    size = {"image_resolution": (small.SIZE + 5, small.SIZE + 5)}
+    slow, batch = small.ofp_policy(branch=0.1, **size), small.batch(2)
+    noise = noise_for(batch)
+    assert_same(
+        fast_copy(slow, **size).predict_action_chunk(batch, noise=noise), slow.predict_action_chunk(batch, noise=noise)
+    )
 
 
 def used(policy):
@@ -295,6 +306,35 @@ class PlainPorts:
 
     def cut(self, text):
         return PlainPorts(self.inputs.cut(text))
+
+
+def test_replays_of_two_engines_take_turns(monkeypatch):
+    """On streams of their own: the second is not launched before the end of the first is marked on the device."""
+    log, launched = [], threading.Event()
+    marker = SimpleNamespace(wait=lambda: log.append("begin"), record=lambda: log.append("end"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: marker)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    order = ReplayOrder()
+
+    def replaying(name, replay):
+        graph = Graph.__new__(Graph)
+        graph._order, graph._actions = order, torch.zeros(1)
+        graph._ports = SimpleNamespace(upload=log.append)
+        graph._graph = SimpleNamespace(replay=replay)
+        return threading.Thread(target=graph, args=(name,), daemon=True)
+
+    second = replaying("second", launched.set)
+
+    def meanwhile():
+        second.start()
+        assert not launched.wait(0.2)
+        log.append("replayed")
+
+    first = replaying("first", meanwhile)
+    first.start()
+    first.join(10)
+    second.join(10)
+    assert log == ["begin", "first", "replayed", "end", "begin", "second", "end"]
 
 
 class PlainGraph:

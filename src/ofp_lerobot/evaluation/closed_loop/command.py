@@ -1,13 +1,11 @@
 """Compares policies in closed loop, episode by episode: `ofp-compare`."""
 
 import argparse
-import hashlib
 import json
 import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from ..videos import side_by_side
 from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
-from .workers import Find, HarnessSpec, Play, run_jobs
+from .settings import settle, settle_first_seed
+from .workers import Find, HarnessSpec, Play, leave, run_jobs
 
 DEFAULT_EPISODES = 100
 EPISODES, STARTS, SETTINGS, VIDEOS = "episodes.jsonl", "starts.jsonl", "settings.json", "videos"
@@ -31,14 +30,15 @@ examples:
   ofp-compare --env robotwin --robotwin-root ~/RoboTwin --robotwin-python ~/conda/envs/RoboTwin/bin/python \\
     --policy name=one,path=<ofp>,steps=1 --policy name=ten,path=<ofp>,steps=10,sampler=euler \\
     --policy name=pi05,path=<pi05>,steps=10 --tasks adjust_bottle,place_empty_cup --output outputs/compare/two
-  ofp-compare --env libero --tasks libero_spatial/0,libero_spatial/1 --policies policies.yaml --output outputs/libero
+  ofp-compare --env libero --tasks libero_spatial/0,libero_spatial/1 --episodes 50 --policies policies.yaml \\
+    --output outputs/libero
 The same command again goes on where it was stopped."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison. Returns 0; 2 after one line where it cannot be done; 130 where it was stopped."""
     args = parse_arguments(argv)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         run(args)
     except (UserError, RuntimeError, ValueError) as error:
@@ -106,6 +106,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name the --tasks, or give --starts")
     if args.workers < 0 or (args.episodes is not None and args.episodes < 1):
         parser.error("--workers must be at least 0 and --episodes at least 1")
+    for flag in ("tasks", "conditions"):
+        if twice := [name for name, count in Counter(getattr(args, flag) or ()).items() if count > 1]:
+            parser.error(f"--{flag} names {', '.join(twice)} twice")
     if not args.devices:
         parser.error("--devices names no device: leave it out, or name some as cuda:0,cuda:1")
     return args
@@ -122,8 +125,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.baseline and args.baseline not in {policy.name for policy in policies}:
         raise UserError(f"--baseline {args.baseline}: there is no such policy")
     harness = _harness(args)
+    if args.report_only and not (args.output / EPISODES).is_file():
+        raise UserError(f"--output {args.output} has no {EPISODES} to report")
     with open_results(args.output / EPISODES) as results:
-        settings = _settle(args.output / SETTINGS, policies, harness)
+        has_starts = _harness_class(args).looks_for_starts and bool(_known_starts(args.output / STARTS))
+        settings = settle(args.output / SETTINGS, policies, harness, results.episodes, has_starts=has_starts)
         starts = [] if args.report_only else starts_to_play(args, harness, results)
         try:
             if not args.report_only:
@@ -134,7 +140,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 report = write_report(results.episodes, policies, settings, args.output, args.baseline)
     if not results.episodes:
         raise UserError(f"{args.output / EPISODES} has no episodes to report")
-    films = list(side_by_side(args.output / VIDEOS, [policy.name for policy in policies])) if args.videos else []
+    films = []
+    try:
+        if args.videos:
+            films = list(side_by_side(args.output / VIDEOS, [policy.name for policy in policies]))
+    except Exception as error:  # the report has been written
+        print(f"no films side by side: {type(error).__name__}: {error}", file=sys.stderr)
     print((args.output / "report.md").read_text())
     print(
         "\nwritten:",
@@ -155,57 +166,18 @@ def _harness_class(args: argparse.Namespace) -> type[Harness]:
         raise UserError(f"--env {args.env}: {error}") from error
 
 
-def _settle(path: Path, policies: list[PolicySpec], harness: HarnessSpec) -> dict[str, Any]:
-    """The settings of this output directory. Raises UserError where what is there was made with others."""
-    now = {
-        "harness": asdict(harness),
-        "policies": {p.name: {**asdict(p), "checkpoint": fingerprint(p.path)} for p in policies},
-    }
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before["harness"] != now["harness"]:
-            raise UserError(f"{path}: these episodes were played with {before['harness']}: choose another --output")
-        for name, spec in now["policies"].items():
-            if not is_same_policy(before["policies"].get(name, spec), spec):
-                raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
-        now["policies"] = before["policies"] | now["policies"]
-    write_whole(path, json.dumps(now, indent=2) + "\n")
-    return now
-
-
-def is_same_policy(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether these are one policy: the path may be spelled otherwise where the files are known to be the same."""
-    before = {**asdict(PolicySpec("", "")), **before}  # settings that an older directory does not know: the default
-    if before["checkpoint"] is not None:
-        before = {**before, "path": now["path"]}
-    return before == now
-
-
-def fingerprint(checkpoint: str) -> str | None:
-    """Tells checkpoints apart that lie at the same path; None for one on the Hub."""
-    from ...checkpoints.reader import resolve_source
-
-    source = resolve_source(checkpoint)
-    if isinstance(source, str):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(1 << 20))
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
-
-
 def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Results) -> list[Start]:
     """The frozen list, or the one of this directory, made longer where it is too short."""
-    if args.starts is not None:
-        return _frozen(args)
     kind = _harness_class(args)
+    if args.conditions and not any(kind.conditions):
+        raise UserError(f"--env {args.env} has no conditions: leave --conditions out")
+    if args.starts is not None:
+        return _frozen(args, kind)
     conditions = args.conditions or kind.conditions
     first = kind.first_seed(args.env) if args.first_seed is None else args.first_seed
     path = args.output / STARTS
     known = _known_starts(path)
+    settle_first_seed(args.output / SETTINGS, first, known)
     episodes = args.episodes or DEFAULT_EPISODES
     jobs: list[Find | Play] = []
     for task in args.tasks:
@@ -233,10 +205,9 @@ def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Resu
     return chosen
 
 
-def _frozen(args: argparse.Namespace) -> list[Start]:
+def _frozen(args: argparse.Namespace, kind: type[Harness]) -> list[Start]:
     """Of --starts, what the other options leave: the first --episodes of each task and condition in its order."""
     count: Counter[tuple[str, str]] = Counter()
-    needs_instructions = _harness_class(args).needs_instructions
     chosen = []
     for start in read_starts(args.starts):
         if (
@@ -246,7 +217,12 @@ def _frozen(args: argparse.Namespace) -> list[Start]:
             or (args.episodes is not None and count[start[:2]] >= args.episodes)
         ):
             continue
-        if needs_instructions and not start.instruction:
+        if start.condition and not any(kind.conditions):
+            raise UserError(
+                f"{args.starts}: {start.task}, seed {start.seed}, has the condition {start.condition!r}, "
+                f"and --env {args.env} has no conditions"
+            )
+        if kind.needs_instructions and not start.instruction:
             raise UserError(
                 f"{args.starts}: {start.task}, seed {start.seed}, has no instruction, which {args.env} needs"
             )

@@ -11,6 +11,8 @@ import yaml
 from ...errors import UserError
 from ...inference.sampling import Sampling
 
+_TEXTS = ("name", "path", "sampler")  # YAML would read "on" and "0.10" as something else
+
 
 @dataclass(frozen=True)
 class PolicySpec(Sampling):
@@ -32,10 +34,14 @@ class PolicySpec(Sampling):
             raise UserError(
                 f"policy {values.get('name')!r}: {', '.join(unknown)} unknown, known are {', '.join(sorted(known))}"
             )
-        if missing := sorted({"name", "path"} - values.keys()):
+        if missing := [key for key in ("name", "path") if values.get(key) in (None, "")]:
             raise UserError(f"a policy needs {' and '.join(missing)}, as name=one,path=<checkpoint>,steps=1")
+        for key in _TEXTS:
+            if not isinstance(values.get(key, ""), str | None):
+                found = f"{key} is {values[key]!r}"
+                raise UserError(f"policy {values['name']!r}: {found}, expected is text: put it in quotes")
         try:
-            spec = cls(**{**values, "name": str(values["name"]), "path": str(values["path"])})
+            spec = cls(**values)
             kinds = {
                 "steps": int,
                 "samples": int,
@@ -59,7 +65,8 @@ class PolicySpec(Sampling):
     def parse_flag(cls, text: str) -> Self:
         """name=one,path=<checkpoint>,steps=1"""
         pairs = [part.partition("=") for part in text.split(",")]
-        return cls.parse({key.strip(): yaml.safe_load(value) for key, _, value in pairs})
+        named = ((key.strip(), value.strip()) for key, _, value in pairs)
+        return cls.parse({key: value if key in _TEXTS else yaml.safe_load(value) for key, value in named})
 
 
 def _as(kind: type, key: str, value: Any) -> Any:

@@ -54,6 +54,7 @@ def summarise(
         "policies": {name: settings["policies"][name] for name in names},
         "baseline": baseline,
         "compared": {"episodes": len(shared), "of": total},
+        "without_outcome": [name for name, solved in zip(names, outcomes, strict=True) if not solved],
         "tasks": [
             {
                 "task": task,
@@ -115,16 +116,18 @@ def _all_paired(names: Sequence[str], baseline: str | None, episodes: Sequence[E
 
 
 def _paired(name: str, baseline: str, episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Over the episodes that both policies finished."""
-    played = [e for e in episodes if e.error is None]
-    outcomes = {who: {e.key[1:]: bool(e.success) for e in played if e.policy == who} for who in (name, baseline)}
-    common = sorted(outcomes[name].keys() & outcomes[baseline].keys())
+    """Over the episodes that both policies finished. With other instructions they are different episodes."""
+    first, second = ({e.key[1:]: e for e in episodes if e.policy == w and e.error is None} for w in (name, baseline))
+    both = sorted(first.keys() & second.keys())
+    common = [key for key in both if first[key].instruction == second[key].instruction]
+    names: dict[str, Any] = {"policy": name, "baseline": baseline}
+    if len(common) < len(both):
+        names["other_instructions"] = len(both) - len(common)
     if not common:
-        return {"policy": name, "baseline": baseline, "episodes": 0}
-    pairs = Pairs.of([outcomes[name][k] for k in common], [outcomes[baseline][k] for k in common])
+        return {**names, "episodes": 0}
+    pairs = Pairs.of([bool(first[k].success) for k in common], [bool(second[k].success) for k in common])
     return {
-        "policy": name,
-        "baseline": baseline,
+        **names,
         "episodes": pairs.total,
         **pairs._asdict(),
         "difference": pairs.difference,
@@ -185,10 +188,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _incomplete(report: dict[str, Any]) -> str:
     """One sentence where policies have played different episodes; otherwise empty."""
-    compared = report["compared"]
-    if compared["episodes"] == compared["of"]:
-        return ""
-    return f"Incomplete: {compared['episodes']} of {compared['of']} episodes have an outcome for every policy."
+    compared, without = report["compared"], report["without_outcome"]
+    lacking = [f"no outcome yet of {', '.join(without)}"] if without else []
+    if compared["episodes"] < compared["of"]:
+        whom = "every other policy" if without else "every policy"
+        lacking.append(f"{compared['episodes']} of {compared['of']} episodes have an outcome for {whom}")
+    return f"Incomplete: {'; '.join(lacking)}." if lacking else ""
 
 
 def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
@@ -257,6 +262,12 @@ def _paired_lines(report: dict[str, Any]) -> list[str]:
         "",
         f"Smallest difference: what this many paired episodes, as often discordant as these, detect with probability "
         f"{POWER:.0%} at p < .05; a smaller one may exist and not show. The p-values stand for one comparison each.",
+        *(
+            f"\nPairs of {row['policy']} left out, because the two policies were given different instructions: "
+            f"{row['other_instructions']}."
+            for row in report["paired"]
+            if "other_instructions" in row
+        ),
     ]
 
 

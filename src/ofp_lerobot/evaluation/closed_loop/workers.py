@@ -6,6 +6,7 @@ process keeps the policy it has loaded as long as there are jobs for it, and a j
 
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
 import zlib
@@ -109,7 +110,10 @@ class Player:
             values |= {"instruction": start.instruction or "", "success": None, "steps": 0}
             return Episode(**values, seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {error}")
         if job.film is not None and outcome.frames:
-            write_frames(job.film, outcome.frames)
+            try:
+                write_frames(job.film, outcome.frames)
+            except Exception as error:  # the episode has been played
+                print(f"no film {job.film}: {type(error).__name__}: {error}", file=sys.stderr)
         values |= {"instruction": outcome.instruction, "success": outcome.success, "steps": outcome.steps}
         return Episode(**values, seconds=time.perf_counter() - begin, chunks=outcome.chunks)
 
@@ -138,8 +142,15 @@ def noise_seed(start: Start) -> int:
     return zlib.crc32(f"{start.task}/{start.condition}/{start.seed}".encode())
 
 
+def leave(*_: Any) -> None:
+    """Handler of SIGTERM: ends this process as an exception would, closing what it holds. A second one is ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(130)
+
+
 def _main(connection: Connection, harness: HarnessSpec, device: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison ends its workers
+    signal.signal(signal.SIGTERM, leave)
     player = Player(harness, device)
     try:
         while (job := connection.recv()) is not None:
@@ -205,6 +216,9 @@ def _workers(count: int, devices: Sequence[str | None], harness: HarnessSpec) ->
                     pass
             worker.process.terminate()
             worker.connection.close()
+        for worker in workers:  # each closes its environment
+            worker.process.join(timeout=10)
+            worker.process.kill()
 
 
 def run_jobs(

@@ -23,9 +23,9 @@ _OTHERS = "ofp_lerobot.evaluation.environments.lerobot_envs:LeRobotHarness"
 class Harness(ABC):
     """Where episodes are played, in one process. Made from the kind (its name for `ofp-compare`) and its settings."""
 
-    conditions: ClassVar[tuple[str, ...]] = ("",)  # by default, of each task
+    conditions: ClassVar[tuple[str, ...]] = ("",)  # by default, of each task; ("",): there are none
     needs_instructions: ClassVar[bool] = False  # with every start
-    looks_for_starts: ClassVar[bool] = False  # which takes time
+    looks_for_starts: ClassVar[bool] = False  # in the environment, as its settings have it; that takes time
 
     @abstractmethod
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None) -> None:

@@ -22,8 +22,8 @@ _NOTHING = "n/a"
 def output_name(source: str, weights: str, data: str) -> str:
     """A file name that says what was checked: the run's directories, its step, the weights and the dataset.
 
-    A checkpoint in a directory is named by its path from here, or by the last five parts of it. `last` is the step that it
-    stands for.
+    A checkpoint in a directory is named by its path from here, or by the last five parts of it. `last` is the step that
+    it stands for.
     """
     path = Path(source)
     if path.is_dir():

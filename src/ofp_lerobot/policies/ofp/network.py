@@ -179,13 +179,13 @@ class PaliGemmaNetwork(nn.Module):
         self.gradient_checkpointing = enabled
         tower = self.vlm.vision_tower
         if enabled:
-            tower.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             tower.gradient_checkpointing_disable()
 
     def _maybe_checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
     def encode(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:

@@ -31,7 +31,7 @@ class OFPUnetPolicy(FlowMapPolicy):
         super().__init__(config, dataset_stats)
         config.require_device()
         config.validate_features()
-        require_usable_statistics(config, dataset_stats)
+        require_usable_statistics(config, self._dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
         self._init_training()
 

@@ -6,6 +6,10 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
+from ...compat import names_are_mapped
+
+_COMPUTE = "LeRobot's `python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=<dataset>`"
+
 
 def check_features(config: Any, *, projected_state: bool) -> None:
     """Raises ValueError where they do not. projected_state: a layer of the network takes max_state_dim of the state."""
@@ -42,10 +46,15 @@ def check_statistics(config: Any, stats: dict[str, dict[str, Tensor]] | None) ->
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         mode = config.normalization_mapping.get(feature.type)
         missing = [name for name in NEEDED_STATISTICS.get(mode, ()) if name not in stats.get(key, {})]
+        if missing and key not in stats:
+            where = "give --rename_map" if names_are_mapped() else "rename it in the dataset (--rename_map will not do)"
+            raise ValueError(
+                f"the dataset has no statistics of {key!r}, only of {', '.join(sorted(stats))}: where it is there by "
+                f"another name, {where}; else compute them with {_COMPUTE}"
+            )
         if mode is not None and missing:
             raise ValueError(
                 f"the dataset has no {' and '.join(missing)} statistics for {key!r}, which normalization_mapping "
-                f"{feature.type.value}={mode.value} needs: compute them once with LeRobot's "
-                "`python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=<dataset>`, or set "
+                f"{feature.type.value}={mode.value} needs: compute them once with {_COMPUTE}, or set "
                 "--policy.normalization_mapping to what the dataset has"
             )

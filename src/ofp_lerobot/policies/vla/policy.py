@@ -102,25 +102,34 @@ class VLAPolicy(FlowMapPolicy):
         super().__init__(config, dataset_stats)
         config.require_device()
         config.validate_features()
-        check_statistics(config, dataset_stats)
-        require_usable_statistics(config, dataset_stats, binned=self.binned)
+        check_statistics(config, self._dataset_stats)
+        require_usable_statistics(config, self._dataset_stats, binned=self.binned)
         self._tokenizer = tokenizer or self._default_tokenizer(config)
         self._loaded_tokenizer: Any = None
         if dataset_meta is not None:
             if hasattr(config, "use_relative_actions"):
-                check_relative(config, dataset_meta, dataset_stats)
+                check_relative(config, dataset_meta, self._dataset_stats)
             state = config.robot_state_feature
             instructions = tasks_of(dataset_meta, episodes_in_use(resumed_from(config.pretrained_path)))
             check_tasks(instructions, state.shape[0] if state else 0, self._tokenizer)
         self.model = self.make_network(config, with_weights=with_weights)
         self.model.to(config.device)
-        self._encode, self._velocity = self.model.encode, self.model.forward
-        if config.compile_model:
-            torch.set_float32_matmul_precision("high")
-            self._encode = torch.compile(self._encode, mode=config.compile_mode)
-            self._velocity = torch.compile(self._velocity, mode=config.compile_mode)
+        self._bind_passes()
         self.init_rtc_processor()
         self._init_training()
+
+    def _bind_passes(self) -> None:
+        """The network's passes that answer, compiled where the configuration says so."""
+        self._encode, self._velocity = self.model.encode, self.model.forward
+        if self.config.compile_model:
+            torch.set_float32_matmul_precision("high")
+            self._encode = torch.compile(self._encode, mode=self.config.compile_mode)
+            self._velocity = torch.compile(self._velocity, mode=self.config.compile_mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: what is compiled is a function, which `copy.deepcopy` hands on with the original's weights."""
+        super().__setstate__(state)
+        self._bind_passes()
 
     # What a policy says of its network
 
@@ -293,6 +302,13 @@ class VLAPolicy(FlowMapPolicy):
         if self._rtc_enabled():
             raise ValueError(
                 "real-time chunking works through predict_action_chunk: disable rtc_config for select_action"
+            )
+        if self.config.n_action_steps > 1 and getattr(self.config, "use_relative_actions", False):
+            # LeRobot's postprocessor adds the newest state, and a queued action is relative to its chunk's.
+            raise ValueError(
+                "the actions are relative to the state of their chunk, and what select_action queues is added to later "
+                "states: use ofp-compare or ofp-serve, --inference.type=rtc in lerobot-rollout, or "
+                "--policy.n_action_steps=1"
             )
         if self.config.warm_start and getattr(self.config, "use_relative_actions", False):
             raise ValueError(

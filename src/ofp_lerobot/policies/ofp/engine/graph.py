@@ -1,6 +1,7 @@
 """A program recorded once as a CUDA graph and replayed with new inputs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any, NamedTuple, Self
 
@@ -56,19 +57,24 @@ class ReplayOrder:
     """The replays of a device, which wait for each other whatever stream or thread their callers are on.
 
     Recordings of one stream share cuBLAS's workspace, and streams come from a small pool: graphs of two engines could
-    write to the same one. Waiting is done by the device and costs a microsecond.
+    write to the same one. Waiting is done by the device and costs a microsecond; the host is held while one launches.
     """
 
     def __init__(self) -> None:
+        self._launching = RLock()
         self._free = torch.cuda.Event()
         # To record on, one for all: PyTorch's memory pools give a block only to the stream that had it.
         self.stream = torch.cuda.Stream()
 
-    def begin(self) -> None:
-        self._free.wait()
-
-    def end(self) -> None:
-        self._free.record()
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """What is launched within follows all that was launched in earlier turns, and is followed by later ones."""
+        with self._launching:
+            self._free.wait()
+            try:
+                yield
+            finally:
+                self._free.record()
 
     def synchronise(self) -> None:
         """Waits on the host until no replay is under way."""
@@ -120,21 +126,20 @@ class Graph:
         inputs = ports.inputs
         # A stream of this device: torch.cuda.graph's own is of the device that recorded first in the process.
         side = order.stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run(*inputs)  # libraries choose their kernels, and Triton compiles, outside the recording
-        torch.cuda.current_stream().wait_stream(side)
+        with order.turn():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run(*inputs)  # libraries choose their kernels, and Triton compiles, outside the recording
+            torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._actions = run(*inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        self._order.begin()
-        self._ports.upload(inputs)
-        self._graph.replay()
-        actions = self._actions.clone()
-        self._order.end()
-        return actions
+        with self._order.turn():
+            self._ports.upload(inputs)
+            self._graph.replay()
+            return self._actions.clone()
 
     def synchronise(self) -> None:
         """Waits on the host until no replay on the device is under way."""

@@ -120,7 +120,8 @@ def _embed_patches(embeddings: Any, pixels: Tensor) -> Tensor:
     """The tower's own: a convolution whose stride is its kernel's size, which is one product. (b, patches, width)"""
     convolution = embeddings.patch_embedding
     (height, width), dtype = convolution.kernel_size, convolution.weight.dtype
-    patches = pixels.to(dtype).unflatten(3, (-1, width)).unflatten(2, (-1, height))
+    rows, columns = pixels.shape[2] // height * height, pixels.shape[3] // width * width  # as a convolution cuts them
+    patches = pixels[:, :, :rows, :columns].to(dtype).unflatten(3, (-1, width)).unflatten(2, (-1, height))
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     embedded = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
     return embedded + embeddings.position_embedding.weight

@@ -1,0 +1,354 @@
+"""What goes wrong around a comparison: no environment and no policy runs here."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ofp_lerobot.errors import UserError
+from ofp_lerobot.evaluation import videos
+from ofp_lerobot.evaluation.closed_loop import command as compare
+from ofp_lerobot.evaluation.closed_loop import settings, workers
+from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec, read_policies
+from ofp_lerobot.evaluation.closed_loop.results import read_results
+from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, Player
+from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
+from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
+from robotwin_eval.environment import RoboTwinHarness
+from tests.lerobot import hub_server
+from tests.stubs import robotwin
+
+FINGERPRINT = settings.fingerprint
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Jobs end at once: every seed is a start, every episode is solved, but for what `refuse` raises or tells."""
+
+    def run_jobs(jobs, harness, count, devices, report):
+        for job in jobs:
+            error = world.refuse(job)
+            if isinstance(job, Find):
+                for seed in range(job.first, job.first + job.episodes):
+                    report(Start(job.task, job.condition, seed, "go" if harness.kind == "robotwin" else None))
+                continue
+            values = {"task": job.start.task, "condition": job.start.condition, "seed": job.start.seed}
+            values |= {"instruction": "go", "success": None if error else True, "steps": 1, "seconds": 0.0}
+            report(Episode(policy=job.policy.name, **values, error=error))
+
+    world = SimpleNamespace(output=tmp_path / "out", refuse=lambda job: None)
+    monkeypatch.setattr(compare, "run_jobs", run_jobs)
+    monkeypatch.setattr(settings, "fingerprint", str)
+    return world
+
+
+def run(world, *options, policy="name=one,path=/x,steps=1", env="metaworld", tasks="reach-v3", episodes=2):
+    chosen = [f"--policy={policy}", f"--env={env}", f"--tasks={tasks}", f"--episodes={episodes}"]
+    return compare.main([*chosen, f"--output={world.output}", *options])
+
+
+def seeds(world, name=compare.EPISODES):
+    return sorted(json.loads(line)["seed"] for line in (world.output / name).read_text().splitlines())
+
+
+def refuses(word):
+    """Of jobs that have this word."""
+
+    def refuse(job):
+        if word in repr(job):
+            raise UserError(f"no such setting: {word}")
+
+    return refuse
+
+
+def test_a_policys_setting_that_was_refused_may_be_corrected(world, capsys):
+    world.refuse = refuses("euler")
+    assert run(world, policy="name=pi05,path=/x,steps=10,sampler=euler") == 2
+    assert run(world, policy="name=pi05,path=/x,steps=10") == 0
+    assert run(world, policy="name=pi05,path=/x,steps=1") == 2
+    assert "'pi05' was another one" in capsys.readouterr().err
+
+
+def test_nor_does_an_error_bind_a_policy(world):
+    world.refuse = lambda job: "out of memory" if "samples=64" in repr(job) else None
+    assert run(world, "--max-errors=1", policy="name=one,path=/x,samples=64") == 2
+    assert run(world, policy="name=one,path=/x,samples=8") == 0
+    assert [episode.error for episode in read_results(world.output / compare.EPISODES)] == [None, None]
+
+
+def test_an_environments_setting_that_was_refused_may_be_corrected(world, capsys):
+    world.refuse = refuses("Play")
+    assert run(world, "--env-option=camera=x") == 2
+    world.refuse = lambda job: None
+    assert run(world, "--env-option=camera_name=corner") == 0
+    assert run(world, "--env-option=camera_name=topview") == 2
+    assert "these episodes were played with" in capsys.readouterr().err
+
+
+def test_starts_of_an_expert_belong_to_their_environment(world, classic, capsys):
+    world.refuse = refuses("Play")
+    options = {"env": "robotwin", "tasks": "adjust_bottle"}
+    assert run(world, f"--robotwin-root={classic}", **options) == 2
+    assert run(world, f"--robotwin-root={classic}", "--instruction-type=seen", **options) == 2
+    assert "the starts there were looked for with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["tasks", "conditions"])
+def test_a_task_named_twice_is_refused_before_anything_is_written(world, flag, capsys):
+    with pytest.raises(SystemExit):
+        run(world, f"--{flag}=reach-v3,push-v3,reach-v3")
+    assert f"--{flag} names reach-v3 twice" in capsys.readouterr().err
+    assert not world.output.exists()
+    assert run(world, "--tasks=reach-v3,push-v3") == 0
+    assert seeds(world) == [1000, 1000, 1001, 1001]
+
+
+@pytest.mark.parametrize("env", ["metaworld", "lerobot-robotwin", "quickstart"])
+def test_conditions_that_the_environment_does_not_have(world, env, tmp_path, capsys):
+    assert run(world, "--conditions=demo_clean,demo_randomized", env=env) == 2
+    assert f"--env {env} has no conditions: leave --conditions out" in capsys.readouterr().err
+    starts = tmp_path / "starts.jsonl"
+    starts.write_text(json.dumps(Start("reach-v3", "demo_randomized", 7, "go")._asdict()) + "\n")
+    assert run(world, f"--starts={starts}", env=env) == 2
+    assert "'demo_randomized'" in capsys.readouterr().err
+    assert seeds(world) == []
+
+
+def test_another_first_seed_is_told(world, capsys):
+    assert run(world, "--first-seed=1050") == 0
+    for options in ("--first-seed=1000",), ("--first-seed=1060",), ():  # MetaWorld's own is 1000
+        assert run(world, *options, episodes=4) == 2
+        said = capsys.readouterr().err
+        assert "from --first-seed=1050 on" in said and "--output" in said
+    assert run(world, "--first-seed=1050", episodes=4) == 0
+    assert seeds(world) == [1050, 1051, 1052, 1053]
+    report = json.loads((world.output / "report.json").read_text())
+    assert report["overall"][0]["episodes"] == 4
+
+
+def test_the_first_seed_may_be_corrected_where_nothing_was_found(world):
+    world.refuse = refuses("Find")
+    assert run(world, "--first-seed=1050") == 2
+    world.refuse = lambda job: None
+    assert run(world) == 0
+    assert seeds(world) == [1000, 1001]
+
+
+def test_a_report_of_nothing_leaves_no_directory(world, capsys):
+    assert run(world, "--report-only") == 2
+    assert f"--output {world.output} has no episodes.jsonl" in capsys.readouterr().err
+    assert not world.output.exists()
+    assert run(world) == run(world, "--report-only") == 0
+
+
+def test_another_commit_on_the_hub_is_another_policy(world, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(settings, "fingerprint", FINGERPRINT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    one = "name=one,path=user/policy,steps=1"
+    with hub_server.running() as hub, hub_server.connected(hub):
+        commit = hub.commit("user/policy", {"config.json": b"{}", "model.safetensors": b"first"})
+        assert run(world, policy=one) == run(world, policy=one, episodes=3) == 0
+        written = json.loads((world.output / compare.SETTINGS).read_text())
+        assert written["policies"]["one"]["checkpoint"] == commit.sha
+        hub.commit("user/policy", {"model.safetensors": b"second"})
+        assert run(world, policy=one, episodes=4) == 2
+        assert "'one' was another one" in capsys.readouterr().err
+        assert run(world, policy="name=one,path=user/other") == 2
+        assert "user/other" in capsys.readouterr().err
+
+
+def test_an_older_directory_does_not_know_the_hubs_commit():
+    now = {**asdict(PolicySpec("one", "user/policy")), "checkpoint": "c0ffee"}
+    assert settings.is_same_policy({**now, "checkpoint": None}, now)
+    assert not settings.is_same_policy({**now, "checkpoint": None, "path": "user/other"}, now)
+    assert not settings.is_same_policy({**now, "checkpoint": "beef"}, now)
+
+
+# Films
+
+PICTURE = np.zeros((64, 64, 3), np.uint8)
+
+
+def test_an_episode_outlives_its_film(tmp_path, monkeypatch, capsys):
+    player = Player(HarnessSpec("metaworld"), "cpu")
+    solved = Outcome(True, 5, "go", [], [PICTURE])
+    player._harness = SimpleNamespace(play=lambda *_, **__: solved, close=lambda: None)
+    monkeypatch.setattr(player, "_runner", lambda spec: None)
+    monkeypatch.setattr(workers, "_device_name", lambda runner: "cpu")
+    (tmp_path / "videos").write_text("in the way")
+    found = []
+    film = tmp_path / "videos/t/1/one.mp4"
+    player.do(Play(PolicySpec("one", "/x"), Start("t", "", 1), film), found.append)
+    assert [(e.success, e.steps, e.error) for e in found] == [(True, 5, None)]
+    assert f"no film {film}" in capsys.readouterr().err
+
+
+def test_no_half_film_is_left(tmp_path, monkeypatch):
+    def full(path, frames, fps):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lerobot.utils.io_utils.write_video", full)
+    with pytest.raises(OSError, match="no space"):
+        write_frames(tmp_path / "one.mp4", [PICTURE])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nor_is_the_report_lost_by_a_film(world, capsys):
+    film = world.output / "videos/reach-v3/1000"
+    film.mkdir(parents=True)
+    for name in ("one", "two"):
+        (film / f"{name}.mp4").write_text("no video")
+    assert run(world, "--videos=1", "--policy=name=two,path=/x,steps=2") == 0
+    printed = capsys.readouterr()
+    assert "no films side by side" in printed.err and "# one, two" in printed.out
+
+
+def test_robotwins_frames_that_cannot_be_written(runner, classic, tmp_path, monkeypatch, capsys):
+    missing = nullcontext(str(tmp_path / "missing"))
+    monkeypatch.setattr("robotwin_eval.environment.tempfile.TemporaryDirectory", lambda: missing)
+    harness = RoboTwinHarness("robotwin", {"root": classic, "python": sys.executable})
+    try:
+        outcome = harness.play(Start("adjust_bottle", "demo_clean", 100, "go"), runner, 0, {}, film=True)
+    finally:
+        harness.close()
+    assert outcome.steps > 0 and outcome.frames == []
+    assert "no film of adjust_bottle, seed 100" in capsys.readouterr().err
+
+
+def test_a_policy_that_joins_is_in_the_film(tmp_path):
+    shades = {"a": 60, "b": 120, "c": 180}
+
+    def film(name):
+        write_frames(tmp_path / f"task/1000/{name}.mp4", [np.full((64, 64, 3), shades[name], np.uint8)])
+
+    def shown(*policies):
+        (together,) = side_by_side(tmp_path, policies)
+        (picture,) = read_frames(together)
+        means = [part.mean() for part in np.split(picture, picture.shape[1] // 64, axis=1)]
+        return [min(shades, key=lambda name: abs(shades[name] - mean)) for mean in means]
+
+    film("a")
+    film("b")
+    assert shown("a", "b") == ["a", "b"]
+    film("c")
+    assert shown("a", "b", "c") == ["a", "b", "c"]
+    assert shown("c", "b") == ["c", "b"]  # all of them are older than the film
+    shades |= {"b": 220, "x": 120}
+    film("b")
+    assert shown("c", "b") == ["c", "b"]
+
+
+def test_a_film_side_by_side_is_made_once(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_frames(tmp_path / f"task/1000/{name}.mp4", [PICTURE])
+    made = list(side_by_side(tmp_path, ["a", "b"]))
+    monkeypatch.setattr(videos, "read_frames", None)
+    assert list(side_by_side(tmp_path, ["a", "b"])) == made == [tmp_path / "task/1000.mp4"]
+
+
+# Processes
+
+
+def hangs(root, pid):
+    """RoboTwin's process, at any seed, writes its number to a file and does not come back."""
+    base = root / "envs/_base_task.py"
+    waits = f"        open({str(pid)!r}, 'w').write(str(os.getpid()) + '\\n')\n        import time; time.sleep(600)\n"
+    base.write_text(base.read_text().replace("        self.seed = seed\n", "        self.seed = seed\n" + waits, 1))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_leaves_no_process_of_robotwin_behind(number, tmp_path, monkeypatch):
+    """Of a worker, and without one."""
+    root, pid = robotwin.build(tmp_path / "root", "classic"), tmp_path / "pid"
+    hangs(root, pid)
+    monkeypatch.setattr(settings, "fingerprint", str)
+    monkeypatch.setattr(workers, "START_METHOD", "fork")
+    monkeypatch.setattr("robotwin_eval.environment.PATIENCE_S", 0.1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            options = [f"--robotwin-root={root}", f"--robotwin-python={sys.executable}", f"--workers={number}"]
+            run(SimpleNamespace(output=tmp_path / "out"), *options, env="robotwin", tasks="adjust_bottle")
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    until(lambda: pid.is_file() and pid.read_text().endswith("\n"))
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    driver = int(pid.read_text())
+    gone = is_gone(driver)
+    if not gone:
+        os.kill(driver, signal.SIGKILL)
+    assert gone
+
+
+def test_a_seed_at_which_robotwins_process_dies_is_left_out(tmp_path, capsys):
+    """3 is unstable and 4 too hard for the stand-in's expert."""
+    root, found = robotwin.build(tmp_path / "root", "classic"), []
+    base = root / "envs/_base_task.py"
+    whole = base.read_text()
+    harness = RoboTwinHarness("robotwin", {"root": str(root), "python": sys.executable})
+
+    def dies_if(condition):
+        line = "        self.seed = seed\n"
+        base.write_text(whole.replace(line, f"{line}        {condition} and os._exit(3)\n", 1))
+
+    try:
+        dies_if("seed in (5, 6)")
+        harness.find_starts("adjust_bottle", "demo_clean", 4, 1, found.append)
+        assert [start.seed for start in found] == [1, 2, 7, 8]
+        assert "adjust_bottle, seed 5: RoboTwin's process has ended, so it is left out" in capsys.readouterr().err
+        harness.close()
+        dies_if("seed > 1")
+        with pytest.raises(UserError, match="adjust_bottle: at 3 seeds in a row RoboTwin's process has ended"):
+            harness.find_starts("adjust_bottle", "demo_clean", 4, 1, found.append)
+    finally:
+        harness.close()
+    assert [start.seed for start in found] == [1, 2, 7, 8, 1]
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["on", "off", "no", "0.10", "1_0", "null", "07"])
+def test_a_name_is_the_text_that_was_typed(name, tmp_path):
+    spec = PolicySpec.parse_flag(f"name={name},path={name},steps=1")
+    assert (spec.name, spec.path, spec.steps) == (name, name, 1)
+    listed = tmp_path / "policies.yaml"
+    listed.write_text(f"- {{name: '{name}', path: '{name}'}}")
+    assert [(spec.name, spec.path) for spec in read_policies(listed)] == [(name, name)]
+
+
+@pytest.mark.parametrize(("name", "said"), [("on", "name is True"), ("0.10", "name is 0.1"), ("", "needs name")])
+def test_a_name_in_a_file_is_no_other_than_it_reads(name, said, tmp_path):
+    listed = tmp_path / "policies.yaml"
+    listed.write_text(f"- {{name: {name}, path: x}}")
+    with pytest.raises(UserError, match=said):
+        read_policies(listed)
+    with pytest.raises(UserError, match="needs path"):
+        PolicySpec.parse_flag("name=one,path=")
