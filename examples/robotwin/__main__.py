@@ -5,9 +5,13 @@ What was finished is not done again: recordings by episode, the comparison by ep
 
 import argparse
 import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+
+import psutil  # of accelerate, by which lerobot-train trains
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
@@ -37,12 +41,36 @@ def main() -> int:
     given = {"demonstrations": arguments.demonstrations, "episodes": arguments.episodes}
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     output = arguments.output or Path("outputs") / ("robotwin_cpu_smoke" if arguments.smoke else "robotwin_cpu")
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run(arguments.tasks.split(","), settings, output.resolve(), arguments.until)
     except UserError as error:
         print(f"examples.robotwin: {error}", file=sys.stderr)
         return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _end(number: int, _: object) -> None:
+    """Ends the processes that this one started, whichever stage, and then this one.
+
+    Each ends its own. A stage that runs here, in a thread, is left where it is: the same command does it again.
+    """
+    told, patience = set(), time.monotonic() + 30
+    while children := psutil.Process().children():
+        for child in children:
+            try:
+                if time.monotonic() > patience:
+                    child.kill()
+                elif child not in told:
+                    child.terminate()
+            except psutil.NoSuchProcess:
+                pass
+            told.add(child)
+        time.sleep(0.1)  # their threads wait for them
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .launch import PROBE, does_not_start
 
 TRIED = "c3ddfa8"  # the commit that this ran on
 ROBOT, ADAPTER = "aloha-agilex", "policy/OFP"
+ASSETS = "TianxingChen/RoboTwin2.0"  # RoboTwin's files on the Hub, a dataset
 BLOCK_TASKS = ("blocks_ranking_rgb", "blocks_ranking_size", "handover_block", "stack_blocks_three", "stack_blocks_two")
 CONFIG = "demo_cpu"  # RoboTwin's demo_clean under another name, so that recordings of another expert stay apart
 _RECORD = ".ofp_cpu.json"  # in the checkout: the files that `prepare` put there, and what they held
@@ -38,6 +39,7 @@ _HOOKS = {  # what the CPU mode takes hold of
     "script/collect_data.py": "def run(TASK_ENV, args)",
     "script/eval_policy.py": "def eval_function_decorator(policy_name, model_name)",
 }
+_PATIENCE = 300  # seconds: importing SAPIEN for the first time is slow
 _VULKAN = (
     "install Mesa's lavapipe, 23 or newer: `apt-get install mesa-vulkan-drivers` (Debian 12: from bookworm-backports), "
     "or unpack that package with `dpkg -x` and name the directory with --robotwin-vulkan"
@@ -95,7 +97,7 @@ def require(root: Path) -> None:
 def _robot(directory: Path) -> Finding:
     what = f"assets/embodiments/{ROBOT}"
     if not directory.is_dir():
-        remedy = "run RoboTwin's `python assets/_download.py` from assets/, or `prepare --embodiment DIR`"
+        remedy = f"unzip embodiments.zip of the Hub's {ASSETS} in assets/, or `prepare --embodiment DIR`"
         return Finding(what, "missing", remedy)
     if missing := [name for name in _ROBOT_FILES if not (directory / name).is_file()]:
         remedy = "run RoboTwin's `python script/update_embodiment_config_path.py`"
@@ -112,13 +114,19 @@ def _robot(directory: Path) -> Finding:
 
 def probe(python: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """What RoboTwin's Python says of itself. Raises UserError."""
+    command, wrong = [python, str(PROBE)], "set --robotwin-python to the Python of RoboTwin's packages"
     try:
-        done = subprocess.run([python, str(PROBE)], env=dict(variables), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_PATIENCE)
     except OSError as error:
         raise does_not_start(python, error) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{python} has not said in {_PATIENCE} s what it has: {wrong}") from error
     if done.returncode:
         raise UserError(f"{python} cannot say what it has (exit code {done.returncode}): {done.stderr[-500:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    try:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError) as error:
+        raise UserError(f"{python} does not say what it has, but {done.stdout[-200:]!r}: {wrong}") from error
 
 
 def check_python(found: Mapping[str, Any]) -> Iterator[Finding]:

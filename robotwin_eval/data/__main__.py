@@ -79,6 +79,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-id", default="local/robotwin")
     parser.add_argument("--episodes", type=at_least(1), help="of each source (default: all)")
     parser.add_argument("--instructions", choices=("seen", "unseen"), default="seen", help="which to train on")
+    parser.add_argument(
+        "--save-freq",
+        type=at_least(1),
+        help="simulation steps to a frame, for recordings that do not hold it (default: task_config/'s, or 15)",
+    )
     parser.add_argument("--workers", type=int, default=1)
 
 
@@ -91,6 +96,7 @@ def _convert(args: argparse.Namespace) -> None:
         repo_id=args.repo_id,
         count=args.episodes,
         instructions=args.instructions,
+        save_freq=args.save_freq,
         workers=args.workers,
     )
     print(f"{frames} frames in {args.output}")

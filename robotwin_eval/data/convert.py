@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import yaml
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.aggregate import aggregate_datasets
 from lerobot.datasets.io_utils import load_stats, write_stats
@@ -42,7 +43,7 @@ class Recording(NamedTuple):
     actions: NDArray[np.float32]
     images: dict[str, Sequence[bytes]]
     instructions: dict[str, list[str]]
-    rate: float  # frames a second
+    every: int | None  # simulation steps to a frame; None where the file does not say
 
 
 def read_recording(file: Path) -> Recording:
@@ -74,7 +75,7 @@ def _read_classic(root: "h5py.File", file: Path) -> Recording:
     vectors = _join([_get(root, key) for key in keys])
     images = {name: _get(root, f"observation/{source}/rgb")[:-1] for name, source in CLASSIC_CAMERAS.items()}
     instructions = _read_instructions(file.parent.parent / "instructions" / f"{file.stem}.json")
-    return Recording(vectors[:-1], vectors[1:], images, instructions, SIMULATION_RATE / SAVE_EVERY)
+    return Recording(vectors[:-1], vectors[1:], images, instructions, None)
 
 
 def _read_instructions(path: Path) -> dict[str, list[str]]:
@@ -94,8 +95,8 @@ def _read_current(root: "h5py.File", file: Path) -> Recording:
     states, actions = (_join([_get(root, f"{group}/{key}") for key in keys]) for group in ("state", "action"))
     images = {name: _get(root, f"vision/{source}/colors") for name, source in XPOLICYLAB_CAMERAS.items()}
     instructions["seen"] = instructions["seen"] or _written(json.loads(_get(root, "instructions")))
-    every = int(_get(root, "additional_info/frequency")) if "additional_info/frequency" in root else SAVE_EVERY
-    return Recording(states, actions, images, instructions, SIMULATION_RATE / every)
+    every = int(_get(root, "additional_info/frequency")) if "additional_info/frequency" in root else None
+    return Recording(states, actions, images, instructions, every)
 
 
 def _get(root: "h5py.File", name: str) -> Any:
@@ -135,6 +136,22 @@ def recordings(source: Path, count: int | None) -> list[Path]:
     return files[:count]
 
 
+def configured(source: Path) -> int | None:
+    """`save_freq` of the configuration by which data/<task>/<task_config> was recorded; None where it is not there.
+
+    The classic layout's recordings do not hold it. Raises UserError.
+    """
+    root = source.resolve() / "../../.."
+    for place in ("task_config", "env_cfg/task_config"):
+        file = root / place / f"{source.resolve().name}.yml"
+        if file.is_file():
+            every = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("save_freq")
+            if every is not None and (not isinstance(every, int) or every < 1):
+                raise UserError(f"{file}: save_freq is {every!r}: set --save-freq")
+            return every
+    return None
+
+
 def convert(
     sources: Sequence[Path],
     output: Path,
@@ -142,28 +159,42 @@ def convert(
     repo_id: str,
     count: int | None = None,
     instructions: str = "seen",
+    save_freq: int | None = None,
     workers: int = 1,
 ) -> int:
     """Converts every source into one dataset at `output`; returns its number of frames.
 
     One instruction of an episode, a random one, becomes its task; all of them are kept in meta/. Interrupted, the same
-    call goes on with the shards that are not done. Raises UserError.
+    call goes on with the shards that are not done. save_freq: simulation steps to a frame, for recordings that do not
+    hold it; None looks into RoboTwin's task_config/, and takes RoboTwin's 15 where nothing is there. Raises UserError.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} is not empty: choose another --output")
-    files = [file for source in sources for file in recordings(source, count)]
+    files, every = [], []
+    for source in sources:
+        found = recordings(source, count)
+        files += found
+        every += [save_freq or configured(source)] * len(found)
     first = read_recording(files[0])
+    if first.every is None and None in every:
+        print(
+            f"save_freq is not known, and taken as RoboTwin's {SAVE_EVERY} simulation steps to a frame: set --save-freq"
+        )
+    steps = [each or SAVE_EVERY for each in every]
     try:
         shape = decode(next(iter(first.images.values()))[0]).shape
     except ValueError as error:
         raise UserError(f"{files[0]}, step 0: {error}") from error
     shards = output.with_name(output.name + ".shards")
     settings = {"files": [str(f.resolve()) for f in files], "instructions": instructions, "repo_id": repo_id}
+    settings["save_freq"] = steps
+    fps = round(SIMULATION_RATE / (first.every or steps[0]))
     _settle(shards, settings)
     jobs = []
     for start in range(0, len(files), SHARD):
         target = shards / f"{start // SHARD:05d}"
-        jobs.append(_Shard(target, files[start : start + SHARD], instructions, round(first.rate), shape))
+        part = slice(start, start + SHARD)
+        jobs.append(_Shard(target, files[part], steps[part], instructions, fps, shape))
     missing = [job for job in jobs if not job.target.is_dir()]
     with tqdm(desc="episodes", total=len(files), initial=len(files) - sum(len(j.files) for j in missing)) as bar:
         for done in _each(missing, workers):
@@ -181,6 +212,7 @@ def convert(
 class _Shard(NamedTuple):
     target: Path
     files: list[Path]
+    every: list[int]  # for each file that does not say
     instructions: str
     fps: int
     shape: tuple[int, ...]  # of every picture
@@ -208,12 +240,11 @@ def _convert_shard(shard: _Shard) -> int:
     shutil.rmtree(scratch, ignore_errors=True)
     dataset: LeRobotDataset | None = None
     converted = []
-    for file in shard.files:
+    for file, every in zip(shard.files, shard.every, strict=True):
         recording = read_recording(file)
-        if round(recording.rate) != shard.fps:
-            raise UserError(
-                f"{file} was recorded at {recording.rate:.1f} Hz, others at {shard.fps}: convert them apart"
-            )
+        rate = SIMULATION_RATE / (recording.every or every)
+        if round(rate) != shard.fps:
+            raise UserError(f"{file} was recorded at {rate:.1f} Hz, others at {shard.fps}: convert them apart")
         texts = recording.instructions[shard.instructions]
         if not texts:
             raise UserError(
@@ -232,7 +263,7 @@ def _convert_shard(shard: _Shard) -> int:
             dataset.add_frame({**frame, "observation.state": state, "action": action, "task": task})
         assert dataset is not None
         dataset.save_episode()
-        converted.append({"source": str(file), "task": task, "rate": recording.rate, **recording.instructions})
+        converted.append({"source": str(file), "task": task, "rate": rate, **recording.instructions})
     assert dataset is not None
     dataset.finalize()
     (scratch / "meta" / INSTRUCTIONS).write_text("".join(json.dumps(line) + "\n" for line in converted))

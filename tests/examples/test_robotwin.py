@@ -1,13 +1,48 @@
 """The stages of the RoboTwin example, whose training and commands are stood in for."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from examples.robotwin import pipeline
 from examples.robotwin.pipeline import INSTRUCTIONS, Job, Settings
 from ofp_lerobot.errors import UserError
+
+MAIN = """
+import sys
+from pathlib import Path
+from examples.robotwin import __main__, pipeline
+def collect(job):
+    command = [sys.executable, "-c", f"import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+    pipeline._watch(command, job.output / "collect.txt", lambda: 0, job.bar("collect", 1))
+pipeline.require = lambda root: None
+pipeline.STAGES["collect"] = collect
+sys.exit(__main__.main())
+"""
+
+
+def test_what_it_started_ends_with_it(tmp_path):
+    """Two tasks at once, a third one that waits for its turn."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "--tasks=a,b,c", f"--output={tmp_path}"],
+        env={**os.environ, "ROBOTWIN_ROOT": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+
+    def begun():
+        return [int(log.read_text()) for log in tmp_path.glob("*/collect.txt") if log.read_text().strip()]
+
+    while len(begun()) < 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert len(begun()) >= 2 and not any(map(psutil.pid_exists, begun()))
 
 
 @pytest.fixture

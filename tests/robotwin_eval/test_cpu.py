@@ -172,7 +172,7 @@ def test_what_a_checkout_lacks(root, robot):
         {f"assets/objects/{x}" for x in ("objaverse/list.json", "same.json")},
     )
     assert set(lacking) == {robot_files, "policy/OFP", *lists}
-    assert "_download.py" in lacking["assets/embodiments/aloha-agilex"]
+    assert "embodiments.zip" in lacking["assets/embodiments/aloha-agilex"]
     assert files(root) == before  # looking changes nothing
     (root / "envs/robot/robot.py").write_text("from .mine import Planner\n")
     assert "commit c3ddfa8" in missing(checkout.check_checkout(root))["envs/robot/robot.py"]
@@ -314,6 +314,19 @@ def test_a_python_is_asked_itself(tmp_path):
     assert found["packages"]["mplib"] is None and found["packages"]["numpy"]
     with pytest.raises(UserError, match="set --robotwin-python"):
         checkout.probe(str(tmp_path / "python"), environment(None))
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [("exec sleep 60", "not said in 1 s"), ("true", "does not say what it has, but ''"), ("echo hello", "but 'hello")],
+)
+def test_a_python_that_does_not_answer(tmp_path, monkeypatch, does, message):
+    monkeypatch.setattr(checkout, "_PATIENCE", 1)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=f"{message}.*set --robotwin-python"):
+        checkout.probe(str(python), environment(None))
 
 
 def test_a_vulkan_driver_is_named(tmp_path):

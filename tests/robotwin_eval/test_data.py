@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,30 @@ def test_recordings_become_a_dataset(tmp_path, write):
     assert not (tmp_path / "out.shards").exists()
 
 
+def test_the_rate_is_that_of_the_recordings(tmp_path, capsys):
+    """250 simulation steps a second, `save_freq` of them to a frame. The classic layout's files do not hold it."""
+    source, unknown = tmp_path / "data/adjust_bottle/fast", tmp_path / "moved/data/adjust_bottle/fast"
+    for place in (source, unknown):
+        classic_episode(place, 0)
+    (tmp_path / "task_config").mkdir()
+    (tmp_path / "task_config/fast.yml").write_text("save_freq: 5\n")
+
+    def fps(name, *sources, **settings):
+        converting.convert(sources, tmp_path / name, repo_id="local/x", **settings)
+        return LeRobotDataset("local/x", root=tmp_path / name).fps
+
+    assert fps("configured", source) == 50
+    assert fps("given", source, save_freq=10) == 25
+    assert "--save-freq" not in capsys.readouterr().out
+    assert fps("unknown", unknown) == 17
+    assert "taken as RoboTwin's 15 simulation steps to a frame: set --save-freq" in capsys.readouterr().out
+    with pytest.raises(preparing.UserError, match=r"recorded at 16.7 Hz, others at 50"):
+        fps("both", source, unknown)
+    (tmp_path / "task_config/fast.yml").write_text("save_freq: often\n")
+    with pytest.raises(preparing.UserError, match=r"fast.yml: save_freq is 'often': set --save-freq"):
+        fps("wrong", source)
+
+
 def test_an_empty_instruction_is_none(tmp_path):
     """RoboTwin writes [""] where no instructions were generated; a policy would be trained without language."""
     h5py = pytest.importorskip("h5py")
@@ -280,8 +305,8 @@ def test_an_empty_instruction_is_none(tmp_path):
     with h5py.File(tmp_path / "data/episode_0000000.hdf5", "a") as file:
         _replace(file, "instructions", json.dumps([""]))
     kinds = tmp_path / "instruction/episode_0000000.json"
-    for texts in (None, {"seen": [" "], "unseen": ["put it there"]}):
-        kinds.unlink() if texts is None else kinds.write_text(json.dumps(texts))
+    for texts in ({}, {"seen": [" "], "unseen": ["put it there"]}):
+        kinds.write_text(json.dumps(texts))
         with pytest.raises(preparing.UserError, match=r"episode_0000000.* has no seen instructions"):
             converting.convert([tmp_path], tmp_path / "out", repo_id="local/x")
 
@@ -327,6 +352,14 @@ def test_what_a_file_lacks_is_named(tmp_path, damage, message):
         converting.convert([tmp_path], tmp_path / "out", repo_id="local/x")
     with pytest.raises(preparing.UserError, match="1 episodes, expected are 5"):
         converting.convert([tmp_path], tmp_path / "out", repo_id="local/x", count=5)
+
+
+def test_h5py_is_asked_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/episode0.hdf5").touch()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert command.main(["convert", str(tmp_path), f"--output={tmp_path / 'out'}"]) == 2
+    assert "pip install 'lerobot_policy_ofp[robotwin]'" in capsys.readouterr().err
 
 
 def _truncate(file, steps):
