@@ -186,12 +186,8 @@ def convert(
     except ValueError as error:
         raise UserError(f"{files[0]}, step 0: {error}") from error
     shards = output.with_name(output.name + ".shards")
-    settings: dict[str, Any] = {
-        "files": [str(f.resolve()) for f in files],
-        "instructions": instructions,
-        "repo_id": repo_id,
-    }
-    settings["save_freq"] = steps
+    names = [str(file.resolve()) for file in files]
+    settings = {"files": names, "save_freq": steps, "instructions": instructions, "repo_id": repo_id}
     fps = round(SIMULATION_RATE / (first.every or steps[0]))
     _settle(shards, settings)
     jobs = []
