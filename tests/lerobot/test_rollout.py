@@ -300,7 +300,7 @@ def test_predict_action_chunk_starts_only_from_a_rest_passed_in():
 
 
 def test_warm_start_with_relative_actions_is_refused_by_select_action():
-    policy, batch = small.ofp_policy(warm_start=0.15, use_relative_actions=True), small.batch(1)
+    policy, batch = small.ofp_policy(warm_start=0.15, use_relative_actions=True, n_action_steps=1), small.batch(1)
     with pytest.raises(ValueError, match=r"relative actions.*--policy.warm_start=0"):
         policy.select_action(batch)
     policy.predict_action_chunk(batch, prev_chunk_left_over=torch.ones(1, 3, small.ACTIONS))
