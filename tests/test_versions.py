@@ -20,6 +20,7 @@ from ofp_lerobot.checkpoints.reader import load_config, load_processors
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.interop.directories import refuse_existing
 from ofp_lerobot.interop.processors import read_processors
+from ofp_lerobot.policies import asked
 from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
@@ -371,7 +372,9 @@ def test_a_policy_that_is_built_before_its_weights_come_resumes_teacher_and_step
     policy.update()
     policy._save_training_state(pretrained)
     assert (pretrained.parent / "training_state" / FILENAME).is_file()
-    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--config_path={pretrained / 'train_config.json'}"])
+    flags = [f"--config_path={pretrained / 'train_config.json'}", "--resume=true"]
+    monkeypatch.setattr("sys.argv", ["lerobot-train", *flags])
+    monkeypatch.setattr(asked, "_lerobot_trains", lambda: True)
     (pretrained / "train_config.json").write_text("{}")
     config = PreTrainedConfig.from_pretrained(pretrained)
     config.pretrained_path = pretrained
