@@ -167,8 +167,8 @@ def _refuse_other_steps(steps: dict[str, dict[str, Any]], with_state: bool, sour
     modes = {"VISUAL": "IDENTITY", **normaliser["config"]["norm_map"]}
     if [modes.get(kind) for kind in ("VISUAL", "STATE", "ACTION")] != ["IDENTITY", "QUANTILES", "QUANTILES"]:
         raise UserError(
-            f"{source} is normalised by {json.dumps(modes)} (normalization_mapping); π₀.₅ in openpi by quantiles of state "
-            "and action only"
+            f"{source} is normalised by {json.dumps(modes)} (normalization_mapping); π₀.₅ in openpi by quantiles of "
+            "state and action only"
         )
     if with_state == (_WITHOUT_STATE in steps):
         raise UserError(f"{PREPROCESSOR} of {source} makes neither of π₀.₅'s two prompts")
