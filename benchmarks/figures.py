@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.quality.metaworld.report import ANSWERING
 from benchmarks.quality.objectives import name_of
-from benchmarks.tables import ROOT, result
+from benchmarks.tables import CONDITIONS, ROOT, result
 
-CONDITIONS = ("styles", "noisy", "clean")
 COLOURS = {"ofp": "#d1495b", "flow_matching": "#30638e"}
 LABELS = {"ofp": "OFP", "flow_matching": "flow matching"}
 
@@ -37,26 +37,19 @@ def plot(path: Path) -> None:
 def _draw(panel: Axes, rows: list[dict[str, Any]]) -> None:
     """Single answers without a warm start; the colour says what was trained, dots that half of the noise was taken."""
     for objective, colour in COLOURS.items():
-        for temperature in (1, 0.5):
-            curve = sorted(
-                (
-                    row
-                    for row in rows
-                    if name_of(row["objective"]) == objective and row["temperature"] == temperature
-                    and row["samples"] == 1 and not row["warm_start"]
-                ),
-                key=lambda row: row["steps"],
-            )  # fmt: skip
+        for answering, style, words in (("plain", "o-", ""), ("less noise", "D:", ", half of the noise")):
+            fits = ANSWERING[answering]
+            curve = [row for row in rows if name_of(row["objective"]) == objective and fits(row)]
+            curve.sort(key=lambda row: row["steps"])
             success = [row["success"] for row in curve]
             error = [[abs(row["ci95"][end] - row["success"]) for row in curve] for end in (0, 1)]
-            label = LABELS[objective] + ("" if temperature == 1 else ", half of the noise")
             panel.errorbar(
                 [row["steps"] for row in curve],
                 success,
                 yerr=error,
-                fmt="o-" if temperature == 1 else "D:",
+                fmt=style,
                 color=colour,
-                label=label,
+                label=LABELS[objective] + words,
                 markersize=5,
                 capsize=2,
                 elinewidth=0.8,

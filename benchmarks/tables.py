@@ -28,6 +28,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.quality.metaworld import report as metaworld_report
+from benchmarks.quality.objectives import name_of
 from benchmarks.speed import estimates
 from examples.quickstart import report as quickstart_report
 from ofp_lerobot.evaluation.tables import markdown_table
@@ -38,6 +39,7 @@ from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGURATIONS: dict[str, Any] = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig, "ofp_paper": OFPPaperSettings}
+CONDITIONS = ("styles", "noisy", "clean")  # of MetaWorld, as the pages show them
 BLOCK = re.compile(r"(?<=<!-- table: )([\w ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
@@ -202,13 +204,13 @@ def training() -> list[str]:
 def conditions() -> list[str]:
     """One step of OFP on MetaWorld's three kinds of demonstrations, and how far it is from flow matching's steps."""
     rows = []
-    for condition in ("styles", "noisy", "clean"):
+    for condition in CONDITIONS:
         report = result(f"metaworld_{condition}")
         bars = {bar["bar"]: bar for bar in report["bars"] if bar["answering"] == "plain"}
         success = {
-            (row["objective"].partition(":")[0], row["steps"]): f"{100 * row['success']:.0f} %"
+            (name_of(row["objective"]), row["steps"]): f"{100 * row['success']:.0f} %"
             for row in report["rows"]
-            if row["temperature"] == 1 and row["samples"] == 1 and not row["warm_start"]
+            if metaworld_report.ANSWERING["plain"](row)
         }
         best = bars["flow_matching"]["than"]
         how = f"{best['steps']} steps" if best["steps"] > 1 else "1 step"
@@ -246,8 +248,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 def metaworld(report: dict[str, Any]) -> list[str]:
     """Every row of the MetaWorld benchmark, without the columns that say the same in each."""
-    head, _, *body = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in
-                      metaworld_report.table(report["rows"]).splitlines())  # fmt: skip
+    head, body = metaworld_report.cells(report["rows"])
     kept = [i for i in range(len(head)) if len({row[i] for row in body}) > 1]
     return markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in body])
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.inference.sampling import add_sampling_flags, sampling_of
+from ofp_lerobot.signals import ended_by_sigterm
 
 from ..adapters.cpu.probe import FFMPEG, PACKAGES
 from .checkout import BLOCK_TASKS, CONFIG, Finding, check, prepare, require, undo
-from .launch import SCRIPTS, ended_by_sigterm, environment, run
+from .launch import SCRIPTS, environment, run
 
 if TYPE_CHECKING:
     from ..serve import PolicyServer

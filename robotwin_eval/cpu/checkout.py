@@ -206,12 +206,7 @@ def _put(root: Path, files: Mapping[str, bytes], record: dict[str, Any]) -> None
     write_whole(root / _RECORD, json.dumps(record, indent=1))
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        scratch = root / f"{name}.new"
-        try:
-            scratch.write_bytes(content)
-            os.replace(scratch, root / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(root / name, content)
 
 
 def undo(root: Path) -> int:

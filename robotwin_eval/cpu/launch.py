@@ -5,11 +5,9 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ofp_lerobot.errors import UserError
@@ -67,21 +65,6 @@ def run(python: str, script: Path, arguments: Sequence[str], variables: Mapping[
     finally:
         process.kill()  # does nothing where it has ended
         process.wait()
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Within, the first SIGTERM raises SystemExit(143): so what was started is ended, and what it made is removed."""
-
-    def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off the clearing up
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def does_not_start(python: str, error: OSError) -> UserError:

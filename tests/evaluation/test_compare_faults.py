@@ -4,8 +4,7 @@ import json
 import os
 import signal
 import sys
-import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -23,6 +22,7 @@ from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
 from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
 from robotwin_eval.environment import RoboTwinHarness
 from tests.lerobot import hub_server
+from tests.processes import is_alive, wait_until
 from tests.stubs import robotwin
 
 FINGERPRINT = settings.fingerprint
@@ -264,21 +264,6 @@ def hangs(root, pid):
     base.write_text(base.read_text().replace("        self.seed = seed\n", "        self.seed = seed\n" + waits, 1))
 
 
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_sigterm_leaves_no_process_of_robotwin_behind(number, tmp_path, monkeypatch):
     """Of a worker, and without one."""
@@ -297,14 +282,16 @@ def test_sigterm_leaves_no_process_of_robotwin_behind(number, tmp_path, monkeypa
             status = end.code
         finally:
             os._exit(status)
-    until(lambda: pid.is_file() and pid.read_text().endswith("\n"))
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    driver = int(pid.read_text())
-    gone = is_gone(driver)
-    if not gone:
-        os.kill(driver, signal.SIGKILL)
-    assert gone
+    try:
+        wait_until(lambda: pid.is_file() and pid.read_text().endswith("\n"))
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+        assert not is_alive(int(pid.read_text()))
+    except BaseException:  # they share this process's pipes
+        for each in (child, *map(int, pid.read_text().split() if pid.is_file() else ())):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        raise
 
 
 def test_a_seed_at_which_robotwins_process_dies_is_left_out(tmp_path, capsys):

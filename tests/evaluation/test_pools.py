@@ -5,6 +5,7 @@ import sys
 import time
 
 from ofp_lerobot.evaluation.pools import process_pool
+from tests.processes import wait_until
 
 PARENT = """
 import os, pathlib, sys, time
@@ -44,13 +45,6 @@ def runs(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def name_of(suffix):

@@ -20,6 +20,7 @@ from robotwin_eval.cpu import checkout
 from robotwin_eval.cpu.__main__ import main
 from robotwin_eval.cpu.launch import SCRIPTS, environment, vulkan_variables
 from robotwin_eval.environment import RoboTwinHarness
+from tests.processes import is_alive
 from tests.stubs import robotwin
 
 HEALTHY = {
@@ -382,14 +383,6 @@ def test_a_task_whose_every_scene_fails_ends(script):
     done = script("collect", "task", "broken")
     assert done.returncode != 0
     assert "none of 50 scenes in a row; the last error: FileNotFoundError: no mesh" in done.stderr
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("command", [["collect", "task"], ["check"]])

@@ -97,8 +97,8 @@ def seed_differences(a: Row, b: Row) -> list[float]:
     return [float(np.mean(tasks)) for tasks in seeds.values()]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
+def cells(rows: Sequence[Row]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """The names of a table's columns and its lines."""
     names = (
         "data",
         "objective",
@@ -135,7 +135,12 @@ def table(rows: Sequence[Row]) -> str:
                 "–" if row["left"] is None else f"{row['left']:.2f}",
             )
         )
-    return "\n".join(markdown_table(names, lines))
+    return names, lines
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    return "\n".join(markdown_table(*cells(rows)))
 
 
 def differences(rows: Sequence[Row]) -> list[Row]:

@@ -1,14 +1,13 @@
 """Episodes as videos, and the same episode under several policies side by side."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import write_whole
+from ..files import whole_file, write_whole
 
 FRAMES_PER_SECOND = 20
 
@@ -18,12 +17,8 @@ def write_frames(path: Path, frames: Sequence[NDArray[np.uint8]]) -> None:
     from lerobot.utils.io_utils import write_video
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    try:
+    with whole_file(path) as scratch:
         write_video(scratch, list(frames), FRAMES_PER_SECOND)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_frames(path: Path) -> list[NDArray[np.uint8]]:

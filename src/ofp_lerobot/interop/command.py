@@ -1,13 +1,12 @@
 """The command lines of `ofp-convert` and `ofp-export`."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from ..errors import UserError
+from ..signals import ended_by_sigterm
 
 _CONVERT = """\
 Makes the checkpoint that training a π₀.₅, π₀ or SmolVLA to one step starts from, and carries π₀.₅ checkpoints between
@@ -57,19 +56,13 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, work: Callable[[], None]) -> int:
-    before = signal.signal(signal.SIGTERM, _exit)  # so that what is half written is removed
     try:
-        work()
+        with ended_by_sigterm():  # so that what is half written is removed
+            work()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
-
-
-def _exit(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def parse_convert(argv: Sequence[str] | None = None) -> argparse.Namespace:

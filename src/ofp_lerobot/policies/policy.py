@@ -56,8 +56,8 @@ class FlowMapPolicy(PreTrainedPolicy):
     config: Any  # with the fields of `configuration.FlowMapConfig`, chunk_size and max_action_dim
     model: Any
     looks_at_first_input = True
-    _told_of_no_rest = False
     """Whether the first observation that it acts on is looked at; whoever does that itself switches it off."""
+    _told_of_no_rest = False
     encoder: str | tuple[str, ...]
     """Starts of the names of the network's parameters that only `encode` reads; the teacher has none of these."""
 

@@ -4,7 +4,6 @@ LeRobot writes `<step>/pretrained_model` and `<step>/training_state`. The teache
 pushed to the Hub stays single-size.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import whole_file
 from ..flow_map.ema import Weights
 from .asked import resumes
 
@@ -38,9 +38,8 @@ def state_path(pretrained_model: Path) -> Path | None:
 def save_training_state(path: Path, state: TrainingState) -> None:
     """Writes the state; a run killed meanwhile leaves the old file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(state.teacher, temporary, metadata={"step": str(state.step), "seed": str(state.seed)})
-    os.replace(temporary, path)
+    with whole_file(path) as scratch:
+        save_file(state.teacher, scratch, metadata={"step": str(state.step), "seed": str(state.seed)})
 
 
 def load_training_state(path: Path) -> TrainingState:

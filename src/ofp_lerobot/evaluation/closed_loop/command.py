@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import write_whole
+from ...signals import ended_by_sigterm
 from ..environments import Harness, add_all_arguments, harness_class
 from ..episodes import Episode, Start, read_starts
 from ..videos import side_by_side
@@ -20,7 +20,7 @@ from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
 from .settings import settle, settle_first_seed
-from .workers import Find, HarnessSpec, Play, leave, run_jobs
+from .workers import STOPPED, Find, HarnessSpec, Play, run_jobs
 
 DEFAULT_EPISODES = 100
 EPISODES, STARTS, SETTINGS, VIDEOS = "episodes.jsonl", "starts.jsonl", "settings.json", "videos"
@@ -38,17 +38,15 @@ The same command again goes on where it was stopped."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison. Returns 0; 2 after one line where it cannot be done; 130 where it was stopped."""
     args = parse_arguments(argv)
-    before = signal.signal(signal.SIGTERM, leave)
     try:
-        run(args)
+        with ended_by_sigterm(STOPPED):
+            run(args)
     except (UserError, RuntimeError, ValueError) as error:
         print(f"ofp-compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {args.output}", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return STOPPED
     return 0
 
 

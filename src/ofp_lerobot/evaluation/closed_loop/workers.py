@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import UserError
+from ...signals import ended_by_sigterm
 from ..environments import Harness, harness_class
 from ..episodes import Episode, Start
 from ..provenance import short_commit, versions
@@ -43,6 +44,7 @@ class HarnessSpec:
             raise UserError(f"--env {self.kind}: {error}") from error
 
 
+STOPPED = 130  # the exit code of a comparison that was stopped
 START_METHOD = "spawn"  # CUDA does not survive a fork
 
 
@@ -142,15 +144,9 @@ def noise_seed(start: Start) -> int:
     return zlib.crc32(f"{start.task}/{start.condition}/{start.seed}".encode())
 
 
-def leave(*_: Any) -> None:
-    """Handler of SIGTERM: ends this process as an exception would, closing what it holds. A second one is ignored."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(130)
-
-
+@ended_by_sigterm(STOPPED)
 def _main(connection: Connection, harness: HarnessSpec, device: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison ends its workers
-    signal.signal(signal.SIGTERM, leave)
     player = Player(harness, device)
     try:
         while (job := connection.recv()) is not None:
