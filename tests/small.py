@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from benchmarks.speed.stock import shrunk
 from ofp_lerobot.compat import released_name, released_names
-from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, OFPConfig
+from ofp_lerobot.policies.ofp.configuration_ofp import OFPConfig
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.paligemma.settings import SMALL_GEMMA, SMALL_SIGLIP
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 SIZE, STATES, ACTIONS, HORIZON, TEXT, VOCABULARY = 32, 5, 5, 8, 12, 512

@@ -19,7 +19,8 @@ from ofp_lerobot.evaluation.rollout import MeasuredSession, roll_out
 from ofp_lerobot.inference import policies
 from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.interop import command as interop
-from ofp_lerobot.policies.ofp import configuration_ofp, network
+from ofp_lerobot.policies.ofp import configuration_ofp
+from ofp_lerobot.policies.paligemma import network
 from tests import runs, small
 
 TYPES = ("ofp", "ofp_pi0", "ofp_smolvla", "ofp_unet", "pi05", "pi0", "smolvla")
@@ -170,7 +171,7 @@ def test_what_is_refused(command, kind, checkpoints, tmp_path, capsys):
 
 def test_stock_pi05_answers_alike_by_our_engine(checkpoints, monkeypatch):
     """Ten steps, from the same noise; LeRobot's own code answers where nobody asks for the engine on a CPU."""
-    tiny = configuration_ofp.SMALL_GEMMA["gemma_tiny"]
+    tiny = network.SMALL_GEMMA["gemma_tiny"]
     monkeypatch.setattr(network, "get_gemma_config", lambda _: tiny)  # π₀.₅'s own size names mean small networks
     monkeypatch.setitem(network.SMALL_SIGLIP, "siglip_so400m", network.SMALL_SIGLIP["siglip_tiny"])
     monkeypatch.setattr(

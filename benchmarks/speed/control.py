@@ -29,7 +29,7 @@ from ofp_lerobot.evaluation.timing import milliseconds
 from ofp_lerobot.inference.policies import ServedPolicy
 from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.policies.ofp.processor_ofp import make_ofp_pre_post_processors
-from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
+from ofp_lerobot.policies.paligemma.small_tokenizer import build_tokenizer
 
 CAMERA = (480, 640, 3)
 TASK = "put the red block on the left plate"

@@ -12,7 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from benchmarks.speed.smolvlm import SMOLVLM_500M, smolvlm
 from benchmarks.speed.stock import shrunk
 from ofp_lerobot.checkpoints.families import FAMILIES
-from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP, GemmaSize
+from ofp_lerobot.policies.paligemma.settings import SMALL_GEMMA, SMALL_SIGLIP, GemmaSize
 from ofp_lerobot.policies.vla import policy as vla_policy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT, TextExtent
 

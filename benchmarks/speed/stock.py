@@ -9,7 +9,7 @@ from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from transformers.models.auto import CONFIG_MAPPING
 
-from ofp_lerobot.policies.ofp.configuration_ofp import GemmaSize
+from ofp_lerobot.policies.paligemma.settings import GemmaSize
 
 
 def _freeze(config: Any, values: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Training:
 
 def pi05(training: Training, directory: Path, prompts: Sequence[str], image_size: int) -> dict[str, object]:
     """A small π₀.₅; its tokenizer, of the prompts' words, is written into `directory`."""
-    from ofp_lerobot.policies.ofp.small_tokenizer import build_tokenizer
+    from ofp_lerobot.policies.paligemma.small_tokenizer import build_tokenizer
 
     return {
         "policy.type": "ofp",

@@ -23,7 +23,7 @@ from ofp_lerobot.evaluation.environments.pillar import side_of
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
 from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
-from ofp_lerobot.policies.ofp.small_tokenizer import UNKNOWN, build_tokenizer
+from ofp_lerobot.policies.paligemma.small_tokenizer import UNKNOWN, build_tokenizer
 
 KEYS = {
     "policy",

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ofp_lerobot.policies.ofp import network
-from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP
+from ofp_lerobot.policies.paligemma import network
+from ofp_lerobot.policies.paligemma.settings import SMALL_GEMMA, SMALL_SIGLIP
 from tests import small
 from tests.interop.golden import cases
 from tests.interop.golden.cases import ANSWERS

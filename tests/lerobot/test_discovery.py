@@ -19,7 +19,7 @@ from tests import small
 
 ROOT = Path(__file__).parents[2]
 NAME = "lerobot_policy_ofp"
-HEAVY = ["ofp_lerobot.policies.ofp.modeling_ofp", "ofp_lerobot.policies.ofp.network"]
+HEAVY = ["ofp_lerobot.policies.ofp.modeling_ofp", "ofp_lerobot.policies.paligemma.network"]
 
 PROBE = """
 import json, sys

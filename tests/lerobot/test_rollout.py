@@ -14,8 +14,8 @@ from lerobot.rollout.inference.rtc import RTCInferenceEngine, _normalize_prev_ac
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 
-from ofp_lerobot.policies.ofp.configuration_ofp import SMALL_GEMMA, SMALL_SIGLIP
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
+from ofp_lerobot.policies.paligemma.settings import SMALL_GEMMA, SMALL_SIGLIP
 from tests import runs, small
 from tests.kinds import KINDS
 

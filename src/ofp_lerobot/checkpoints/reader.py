@@ -10,7 +10,7 @@ import torch
 from draccus.utils import ParsingError
 from httpx import HTTPError  # of the Hub's client
 from huggingface_hub.constants import CONFIG_NAME
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
@@ -28,18 +28,17 @@ from transformers.initialization import no_init_weights
 from ..compat import check_readable_processors, saved_elsewhere
 from ..errors import UserError
 from ..policies import sources
-from ..policies.normalisation import RECOMPUTE, Problem, find_problems
+from ..policies.normalisation import RECOMPUTE, Problem, find_problems, lacking
 from ..policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ..policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ..policies.training_state import load_training_state, state_path
 from ..policies.vla import weights
-from ..policies.vla.features import NEEDED_STATISTICS as STATISTICS
 from ..policies.vla.policy import VLAPolicy, in_dtypes_of
 from .families import FAMILIES, OURS
+from .stock import STOCK_SMOLVLA_STEPS
 
 logger = logging.getLogger(__name__)
 
-STOCK_SMOLVLA_STEPS = "num_steps"  # LeRobot's SmolVLA's name of `num_inference_steps`
 TYPES: dict[str, type[PreTrainedConfig]] = {
     **{name: family.config for name, family in OURS.items()},
     "ofp_unet": OFPUnetConfig,
@@ -215,12 +214,12 @@ def load_processors(
     except (OSError, ValueError, KeyError, HTTPError, ProcessorMigrationError, SafetensorError) as error:
         raise UserError(f"the processors of {source} cannot be loaded: {error}") from error
     preprocessor, postprocessor = processors
-    if lacking := [
-        *_lacking(preprocessor, {*(config.input_features or {}), ACTION}),
-        *_lacking(postprocessor, {ACTION}),
+    if missing := [
+        *_missing_statistics(preprocessor, {*(config.input_features or {}), ACTION}),
+        *_missing_statistics(postprocessor, {ACTION}),
     ]:
         raise UserError(
-            f"the processors of {source} lack the statistics {', '.join(lacking)}: save them with the policy as "
+            f"the processors of {source} lack the statistics {', '.join(missing)}: save them with the policy as "
             "lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the training data "
             "where it has no q01 and q99"
         )
@@ -248,13 +247,12 @@ def statistics_problems(preprocessor: PolicyProcessorPipeline, config: PreTraine
     return find_problems(step.stats or {}, features, step.norm_map, names)
 
 
-def _lacking(pipeline: PolicyProcessorPipeline, keys: set[str]) -> list[str]:
-    """Statistics of `keys` that normalisation needs and has not; LeRobot passes such values through as they are."""
+def _missing_statistics(pipeline: PolicyProcessorPipeline, keys: set[str]) -> list[str]:
+    """Statistics of `keys` that a pipeline normalises with and has not."""
     normalising: list[Any] = [step for step in pipeline.steps if hasattr(step, "norm_map")]
     found = []
     for step in normalising:
-        for key, feature in step.features.items():
-            mode = step.norm_map.get(feature.type, NormalizationMode.IDENTITY)
-            known = (step.stats or {}).get(key, {})
-            found += [f"{key}.{name}" for name in STATISTICS.get(mode, ()) if key in keys and name not in known]
+        features = {key: feature for key, feature in step.features.items() if key in keys}
+        for key, names in lacking(step.stats or {}, features, step.norm_map).items():
+            found += [f"{key}.{name}" for name in names]
     return found

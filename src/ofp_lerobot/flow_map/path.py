@@ -10,6 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import choice
+from .samplers import SAMPLERS
+
 
 class Velocity(Protocol):
     """Average velocity over [r, t] of the flow that carries noise to actions, prefix already bound.
@@ -52,8 +55,7 @@ def sample_chunk(velocity: Velocity, x: Tensor, *, steps: int, sampler: str = "f
     """
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    if sampler not in ("flow_map", "euler"):
-        raise ValueError(f"sampler must be 'flow_map' or 'euler', got {sampler!r}")
+    choice("sampler", sampler, SAMPLERS)
     for t, t_next in pairwise(time_grid(steps, start)):
         t_now = torch.full((len(x),), t, device=x.device)
         t_end = torch.full((len(x),), t_next, device=x.device)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from ..arguments import at_least
+from ..checkpoints.stock import STOCK_SMOLVLA_STEPS
+from ..flow_map.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from lerobot.configs import PreTrainedConfig  # loads LeRobot, which no command's --help should wait for
 
-SAMPLERS = ("flow_map", "euler")
 # The field of a policy's configuration that each field of `Sampling` stands for.
 SETTINGS = {
     "steps": "num_inference_steps",
@@ -19,7 +20,6 @@ SETTINGS = {
     "temperature": "noise_temperature",
     "engine": "inference_engine",
 }
-_STOCK_STEPS = "num_steps"  # LeRobot's SmolVLA's
 # How a policy answers that has no such setting, as LeRobot's own.
 _WITHOUT: dict[str, Any] = {"sampler": "euler", "warm_start": 0.0, "samples": 1, "temperature": 1.0, "engine": False}
 
@@ -57,7 +57,7 @@ class Sampling:
         found: dict[str, Any] = {
             name: getattr(config, setting, _WITHOUT.get(name)) for name, setting in SETTINGS.items()
         }
-        steps = found["steps"] or getattr(config, _STOCK_STEPS, None)
+        steps = found["steps"] or getattr(config, STOCK_SMOLVLA_STEPS, None)
         return Sampling(**{**found, "steps": steps, "engine": getattr(config, "uses_engine", False)})
 
     @property
@@ -70,7 +70,7 @@ class Sampling:
         """Sets what is not left to the checkpoint. Raises ValueError where the policy has no such setting."""
         for name, setting in SETTINGS.items():
             if name == "steps" and not hasattr(config, setting):
-                setting = _STOCK_STEPS
+                setting = STOCK_SMOLVLA_STEPS
             value = getattr(self, name)
             if value is None or (not hasattr(config, setting) and value == _WITHOUT.get(name)):
                 continue

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.families import FAMILIES, OURS
-from ..checkpoints.reader import STOCK_SMOLVLA_STEPS, load_config
+from ..checkpoints.reader import load_config
+from ..checkpoints.stock import STOCK_SMOLVLA_STEPS
 from ..compat import dtype_name
 from ..errors import UserError
 from ..policies.ofp.configuration_ofp import OFPConfig

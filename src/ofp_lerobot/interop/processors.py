@@ -27,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
-from ..policies.ofp.configuration_ofp import PALIGEMMA_TOKENIZER, OFPConfig
+from ..policies.ofp.configuration_ofp import OFPConfig
 from ..policies.ofp.processor_ofp import make_ofp_pre_post_processors
 from ..policies.ofp.processor_steps import PillowResizeStep, PromptWithoutStateStep
+from ..policies.paligemma.settings import PALIGEMMA_TOKENIZER
 from ..policies.vla.text import TextExtentProcessorStep
 from .directories import find_file, read_json
 from .norm_stats import Statistics

@@ -17,6 +17,7 @@ from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device
 
 from ..compat import LEROBOT, name_saving_version
 from ..errors import choice, within
+from ..flow_map.samplers import SAMPLERS
 from ..objectives import OBJECTIVES, Settings
 from . import asked, retired
 
@@ -66,7 +67,7 @@ class FlowMapConfig(Settings):
 
         An objective without average velocities is sampled with `euler`, whatever `sampler` says.
         """
-        choice("sampler", self.sampler, ("flow_map", "euler"))
+        choice("sampler", self.sampler, SAMPLERS)
         choice("objective", self.objective, tuple(OBJECTIVES))
         within("num_inference_steps", self.num_inference_steps, 1)
         within("test_time_samples", self.test_time_samples, 1)

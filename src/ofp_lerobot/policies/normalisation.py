@@ -43,6 +43,21 @@ FAR = 3.0  # half of a dimension's values beyond this: the statistics are of oth
 RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats --operation.overwrite=true"
 
 
+def lacking(
+    statistics: Statistics, features: Mapping[str, PolicyFeature], mapping: Mapped
+) -> dict[str, tuple[str, ...]]:
+    """Of the features that cannot be normalised: the names of statistics that are missing for it.
+
+    LeRobot passes such values through as they are.
+    """
+    found = {}
+    for key, feature in features.items():
+        needed = BOUNDS.get(mapping.get(feature.type, NormalizationMode.IDENTITY), ())
+        if missing := tuple(name for name in needed if name not in statistics.get(key, {})):
+            found[key] = missing
+    return found
+
+
 class Problem(NamedTuple):
     """One dimension that the statistics do not fit.
 

@@ -28,7 +28,7 @@ from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
-from .normalisation import BOUNDS, FAR, check_first_batch
+from .normalisation import FAR, check_first_batch, lacking
 from .scalars import LaggingScalars
 from .sources import read_statistics
 from .states import StateCheck
@@ -296,12 +296,13 @@ class FlowMapPolicy(PreTrainedPolicy):
         if looked:
             return
         statistics = self._statistics()
-        if statistics is not None and (lacking := self._lacking(statistics)):
+        features = {**(self.config.input_features or {}), **(self.config.output_features or {})}
+        if statistics is not None and (unknown := lacking(statistics, features, self.config.normalization_mapping)):
             logger.warning(
                 "the processors of %s hold no statistics of %s: LeRobot then leaves them as they are, and the actions "
                 "mean nothing to a robot. Fine-tune it, or take a checkpoint that was",
                 self._processors()[0],
-                " and ".join(lacking),
+                " and ".join(unknown),
             )
         if OBS_STATE not in batch or statistics is None:
             return
@@ -328,12 +329,6 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self.config.use_peft and self.config.pretrained_path is not None:
             return self.config.pretrained_path, {**hub, "revision": self.config.pretrained_revision}
         return source, hub
-
-    def _lacking(self, statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Features that are to be normalised and cannot be."""
-        features = {**(self.config.input_features or {}), **(self.config.output_features or {})}
-        modes = {key: self.config.normalization_mapping.get(feature.type) for key, feature in features.items()}
-        return [key for key, mode in modes.items() if set(BOUNDS.get(mode, ())) - statistics.get(key, {}).keys()]
 
     def reset(self) -> None:
         """Forgets the running plan; call it whenever the environment resets."""

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ...compat import extend_model_cards
 from ...flow_map.path import time_grid
+from ..paligemma.policy import PaliGemmaPolicy
+from ..paligemma.settings import PALIGEMMA_TOKENIZER
 from ..vla.model_card import describe
-from ..vla.paligemma import PaliGemmaPolicy
 from ..vla.policy import Observation
 from ..vla.prompt import PromptTokenizer
-from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
+from .configuration_ofp import TOKENIZER_MAX_LENGTH, OFPConfig
 from .engine import Engine
 from .network import OFPNetwork
 

@@ -5,18 +5,16 @@ from typing import Any
 import torch
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
 from lerobot.processor import (
-    AbsoluteActionsProcessorStep,
     PolicyAction,
     PolicyProcessorPipeline,
-    RelativeActionsProcessorStep,
-    TokenizerProcessorStep,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
 
+from ..paligemma.processors import make_relative_steps, make_tokenizer
 from ..vla.features import check_statistics
 from ..vla.text import TextExtentProcessorStep
-from .configuration_ofp import PALIGEMMA_TOKENIZER, TOKENIZER_MAX_LENGTH, OFPConfig
+from .configuration_ofp import TOKENIZER_MAX_LENGTH, OFPConfig
 
 
 def make_ofp_pre_post_processors(
@@ -50,31 +48,3 @@ def make_ofp_pre_post_processors(
             steps.to_cpu,
         ],
     )
-
-
-def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, AbsoluteActionsProcessorStep]:
-    """Of π₀.₅'s and π₀'s pipelines: actions relative to the state, where that is set, and back with the same state."""
-    relative = RelativeActionsProcessorStep(
-        enabled=config.use_relative_actions,
-        exclude_joints=config.relative_exclude_joints,
-        action_names=config.action_feature_names,
-    )
-    return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
-
-
-def make_tokenizer(config: Any, length: int) -> TokenizerProcessorStep:
-    """Of π₀.₅'s and π₀'s prompts; length: padded to where nothing is set. Raises ValueError where it cannot be had."""
-    name = config.tokenizer_name or PALIGEMMA_TOKENIZER
-    try:
-        return TokenizerProcessorStep(
-            tokenizer_name=name,
-            max_length=config.tokenizer_max_length or length,
-            padding_side="right",
-            padding="max_length",
-        )
-    except OSError as error:
-        raise ValueError(
-            f"the tokenizer {name} cannot be loaded: offline, or gated on the Hub (accept its licence there and log in "
-            "with `hf auth login`). --policy.tokenizer_name=<directory> takes one on this machine, and a checkpoint to "
-            f"start from brings its own. {' '.join(str(error).split())}"
-        ) from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 
-from ..ofp.configuration_ofp import PaliGemmaSettings
+from ..paligemma.settings import PaliGemmaSettings
 from ..vla.features import check_features
 
 TOKENIZER_MAX_LENGTH = 48  # openpi's for π₀

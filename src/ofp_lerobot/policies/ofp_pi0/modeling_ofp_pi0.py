@@ -5,9 +5,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ...compat import extend_model_cards
-from ..ofp.configuration_ofp import PALIGEMMA_TOKENIZER
+from ..paligemma.policy import PaliGemmaPolicy
+from ..paligemma.settings import PALIGEMMA_TOKENIZER
 from ..vla.model_card import describe
-from ..vla.paligemma import PaliGemmaPolicy
 from ..vla.policy import Observation
 from ..vla.prompt import PromptTokenizer
 from .configuration_ofp_pi0 import TOKENIZER_MAX_LENGTH, OFPPi0Config

@@ -1,4 +1,4 @@
-"""π₀'s network split in two, as π₀.₅'s (`ofp.network`): here time enters with the actions, and the state is a token.
+"""π₀'s network, in the frame of `paligemma.network`: time enters with the actions, and the state is a token.
 
 That token is on the action side: it sees the prefix and itself, and the actions see it. It knows neither x_t nor t, so
 one serves all draws of an observation. Shapes: b observations, n samples, k = n/b, l prefix tokens, s action steps.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..ofp.network import PaliGemmaNetwork
+from ..paligemma.network import PaliGemmaNetwork
 from ..vla.attention import Prefix, mask_of_draws
 
 

@@ -4,9 +4,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from . import weights
-from .images import prepare_images
-from .policy import Observation, VLAPolicy
+from ..vla import weights
+from ..vla.images import prepare_images
+from ..vla.policy import Observation, VLAPolicy
 
 
 class PaliGemmaPolicy(VLAPolicy):
