@@ -160,6 +160,27 @@ class Visit:
             found[f"text {text}"] = rows
         return found
 
+    def draws(self) -> dict[str, Any]:
+        """One evaluation of several draws at once (`test_time_samples`), of which the densest answers, by turns."""
+        self.ours.engine, batch = self.engine, self.batches[self.preset.text]
+
+        def answer(k: int) -> Tensor:
+            config = self.ours.config
+            config.num_inference_steps, config.sampler, config.test_time_samples = 1, "flow_map", k
+            return self.ours.predict_action_chunk(batch, noise=self.noise.expand(k, -1, -1).contiguous()).cpu()
+
+        counts = (1, *DRAWS)
+        try:
+            equal = {f"{k} equal draws over one": difference(answer(k), answer(1)) for k in DRAWS}
+            times = timing.take_turns({f"{k}": partial(answer, k) for k in counts}, self.device, self.arguments.repeats)
+        finally:
+            self.ours.config.test_time_samples = 1
+        ratios = {
+            f"{k} over one": statistics.median([a / b for a, b in zip(times[f"{k}"], times["1"], strict=True)])
+            for k in DRAWS
+        }
+        return {"rows": timing.summarise(times), **ratios, **equal}
+
     def replay(self) -> dict[str, Any]:
         """The graphs alone, on the device's clock, and their kernels."""
         if not self.cuda:
@@ -280,6 +301,7 @@ class Visit:
 
 
 WHO = ("stock", "plain", "engine")
+DRAWS = (4, 8, 16)
 # Expected seconds, and the part. Policies are built before the first that needs them.
 PARTS: dict[str, tuple[int, Callable[[Visit], dict[str, Any]]]] = {
     "machine": (5, Visit.machine),
@@ -287,6 +309,7 @@ PARTS: dict[str, tuple[int, Callable[[Visit], dict[str, Any]]]] = {
     "build": (5, Visit.build),
     "correct": (20, Visit.correct),
     "latency": (25, Visit.latency),
+    "draws": (10, Visit.draws),
     "replay": (8, Visit.replay),
     "eight_bits": (15, Visit.eight_bits),
     "gradients": (8, lambda visit: pieces.gradients(visit.device)),
