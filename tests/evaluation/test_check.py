@@ -505,7 +505,9 @@ def test_ratio_interval():
     assert measure.ratio_interval(*copies, seed=0) == pytest.approx(frames)
 
 
-def measured(*, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constant=1.0, unfollowed=None):
+def measured(
+    *, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constant=1.0, unfollowed=None, nearest=1.0, **checkpoint
+):
     good = {"error": 0.3, "spread": 0.3, "std_ratio": 1.0}
     few = {**good, **(few or {})}
     ratios = {
@@ -518,6 +520,8 @@ def measured(*, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constan
         "demonstrations": {"std": 1.0, "constant_error": constant, "unfollowed": unfollowed or {}},
         "per_dimension": {"names": ["j0", "gripper"]},
         "bootstrap": {"unit": "episodes", "count": 12},
+        "sharpness": {"nearest": {"value": nearest, "low": nearest, "high": nearest}},
+        "checkpoint": {"objective": "ofp", "sharpening_noise": 0.0, **checkpoint},
     }
 
 
@@ -539,6 +543,29 @@ def test_verdict(case, label, text):
     one, two = verdict.judge(case)
     assert (one["about"], one["label"]) == ("one", label) and text in one["text"]
     assert two["label"] == label and two["text"] != one["text"]
+
+
+@pytest.mark.parametrize(
+    ("nearest", "changes", "label"),
+    [
+        (0.8, {"sharpening_noise": 0.5}, "as_good"),  # narrower around the same ways
+        (1.5, {"sharpening_noise": 0.5}, "collapsed"),  # between the ways
+        (0.8, {"sharpening_noise": 0.0}, "collapsed"),
+        (0.8, {"sharpening_noise": 0.5, "objective": "shortcut"}, "collapsed"),  # it does not sharpen
+        (0.8, {"sharpening_noise": 0.5, "objective": None}, "collapsed"),  # a stock π₀.₅
+    ],
+)
+def test_a_sharpened_step_may_be_narrow(nearest, changes, label):
+    one, two = verdict.judge(measured(spread=0.4, nearest=nearest, **changes))
+    assert (one["label"], two["label"]) == (label, "collapsed")  # two steps are not sharpened
+    assert ("sharpening_noise=0.5 narrows" in one["text"]) == (label == "as_good")
+
+
+def test_what_did_not_sharpen_is_not_told_to_sharpen_less():
+    names = ("value", "low", "high")
+    sharp = {"spread": dict.fromkeys(names, 0.4), "nearest": dict.fromkeys(names, 2.0)}
+    (found,) = verdict.judge_sharpness(measured(objective="shortcut", sharpening_noise=0.5) | {"sharpness": sharp})
+    assert "train longer" in found["text"] and "sharpening_noise" not in found["text"]
 
 
 def law(rng, shape, *, width=1.0, modes=0.0):
@@ -600,7 +627,7 @@ def test_verdict_on_sharpness(spread, nearest, noise, label, text):
             "spread": dict(zip(names, spread, strict=True)),
             "nearest": dict(zip(names, nearest, strict=True)),
         },
-        "checkpoint": {"sharpening_noise": noise},
+        "checkpoint": {"objective": "ofp", "sharpening_noise": noise},
     }
     found = verdict.judge_sharpness(result)
     assert [each["label"] for each in found] == ([label] if label else [])

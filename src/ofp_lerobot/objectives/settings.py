@@ -35,9 +35,10 @@ class OFPPaperSettings:
 class Settings:
     """What can be set about the objectives. Each reads its own; a rival's constants stand in its file."""
 
-    # Of `ofp`: λ_c, and the noise τ to which one-step targets are renoised before the teacher denoises them (0: off).
+    # Of `ofp`: λ_c, and the noise τ to which one-step targets are renoised before the teacher denoises them (0: off;
+    # measured: docs/evidence.md).
     consistency_weight: float = 0.5
-    sharpening_noise: float = 0.0
+    sharpening_noise: float = 0.5
     ofp_paper: OFPPaperSettings = field(default_factory=OFPPaperSettings)
     # Of every objective with a flow-matching term: its times, Beta(alpha, 1)·scale + offset; π₀.₅'s, under its names.
     time_sampling_beta_alpha: float = 1.5

@@ -45,7 +45,7 @@ def translate(raw: dict[str, Any]) -> dict[str, Any]:
     old = {name: raw[name] for name in raw if name in _BEFORE_OFP_PAPER}
     if not old:
         return raw
-    kept = {name: value for name, value in raw.items() if name not in old}
+    kept = {"sharpening_noise": 0.0, **{name: value for name, value in raw.items() if name not in old}}  # younger
     if raw.get("objective", "ofp") != "ofp":
         return kept  # it did not read them
     was = _BEFORE_OFP_PAPER | old

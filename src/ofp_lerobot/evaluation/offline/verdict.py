@@ -89,6 +89,12 @@ def _unfollowed(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {f"{ACTION}[{i}] ({names[i]})": each for i, each in result["demonstrations"]["unfollowed"].items()}
 
 
+def _sharpening(result: dict[str, Any]) -> float:
+    """The noise of the sharpening that the checkpoint was trained with, 0 where it was not."""
+    checkpoint = result["checkpoint"]
+    return float(checkpoint["sharpening_noise"]) if checkpoint["objective"] == "ofp" else 0.0
+
+
 MOST_NOISE = 0.5  # more narrows answers towards their mean
 
 
@@ -98,8 +104,8 @@ def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
     spread, nearest = found["spread"], found["nearest"]
     if result["normalised"]["one"]["spread"] < THRESHOLDS["telling_spread"] * result["demonstrations"]["std"]:
         return []
-    noise, objective = result["checkpoint"]["sharpening_noise"], result["checkpoint"].get("objective", "ofp")
-    sharpens = objective == "ofp" and noise + 0.2 <= MOST_NOISE
+    noise = _sharpening(result)
+    sharpens = result["checkpoint"]["objective"] == "ofp" and noise + 0.2 <= MOST_NOISE
     raise_it = f", or raise --policy.sharpening_noise={noise:g} (try {noise + 0.2:g}) and train on" if sharpens else ""
     if spread["low"] > limit:
         text = (
@@ -138,6 +144,11 @@ def _judge_few(result: dict[str, Any], variant: str, telling: bool) -> Verdict:
         f"(healthy {low} to {high})"
     )
     spreads = f"spread {spread['value']:.2f} of ten steps'"
+    # Sharpening narrows each way of acting on purpose: then answers that surely lie where ten steps' do are no mean.
+    sharpened = variant == "one" and varied and spread["value"] < thin and _sharpening(result) > 0
+    narrowed = sharpened and result["sharpness"]["nearest"]["high"] <= THRESHOLDS["sharpness"]
+    if narrowed:
+        spreads += f", and close to theirs: sharpening_noise={_sharpening(result):g} narrows"
     tail = f"{numbers}, {spreads if varied else 'ten steps hardly vary here, so the spread cannot tell'}"
     unfollowed = _unfollowed(result)
     among = f" in {' and '.join(unfollowed)}" if unfollowed else ""
@@ -154,7 +165,7 @@ def _judge_few(result: dict[str, Any], variant: str, telling: bool) -> Verdict:
             "--policy.consistency_weight, with objective=ofp_paper --policy.ofp_paper.guidance_weight, and train again",
         ),
         (
-            varied and spread["value"] < thin,
+            varied and spread["value"] < thin and not narrowed,
             "collapsed",
             f"{words} {has} collapsed: {spreads} (healthy {thin} to {wide}). Answers near the mean of several ways can "
             f"have a low error and still fail; {numbers}",

@@ -26,7 +26,6 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     n_obs_steps: int = 1
     horizon: int = 16
     n_action_steps: int = 8
-    noise_temperature: float = 0.5  # measured: docs/evidence.md
     drop_n_last_frames: int = 0  # padded steps do not enter the loss
     # From scratch and with group norm, as the original diffusion policy.
     pretrained_backbone_weights: str | None = None
