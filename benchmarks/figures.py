@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.quality.metaworld.report import ANSWERING
-from benchmarks.quality.objectives import name_of
 from benchmarks.tables import CONDITIONS, ROOT, result
 
 COLOURS = {"ofp": "#d1495b", "flow_matching": "#30638e"}
@@ -39,7 +38,7 @@ def _draw(panel: Axes, rows: list[dict[str, Any]]) -> None:
     for objective, colour in COLOURS.items():
         for answering, style, words in (("plain", "o-", ""), ("less noise", "D:", ", half of the noise")):
             fits = ANSWERING[answering]
-            curve = [row for row in rows if name_of(row["objective"]) == objective and fits(row)]
+            curve = [row for row in rows if row["objective"] == objective and fits(row)]
             curve.sort(key=lambda row: row["steps"])
             success = [row["success"] for row in curve]
             error = [[abs(row["ci95"][end] - row["success"]) for row in curve] for end in (0, 1)]

@@ -28,7 +28,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.quality.metaworld import report as metaworld_report
-from benchmarks.quality.objectives import name_of
+from benchmarks.quality.toy import UNSHARPENED
 from benchmarks.speed import estimates
 from examples.quickstart import report as quickstart_report
 from ofp_lerobot.evaluation.tables import markdown_table
@@ -40,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGURATIONS: dict[str, Any] = {"ofp": OFPConfig, "ofp_unet": OFPUnetConfig, "ofp_paper": OFPPaperSettings}
 CONDITIONS = ("styles", "noisy", "clean")  # of MetaWorld, as the pages show them
+SHOWN = (("ofp", 1, "plain"), ("ofp", 1, "densest of several"), ("ofp", 2, "plain"),
+         ("flow_matching", 1, "plain"), ("flow_matching", 10, "plain"))  # fmt: skip
 BLOCK = re.compile(r"(?<=<!-- table: )([\w ]+) -->\n(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
@@ -206,20 +208,40 @@ def conditions() -> list[str]:
     rows = []
     for condition in CONDITIONS:
         report = result(f"metaworld_{condition}")
-        bars = {bar["bar"]: bar for bar in report["bars"] if bar["answering"] == "plain"}
+        ours = [bar for bar in report["bars"] if bar["objective"] == "ofp"]  # with its defaults
+        bars = {bar["bar"]: bar for bar in ours if bar["answering"] == "plain"}
         success = {
-            (name_of(row["objective"]), row["steps"]): f"{100 * row['success']:.0f} %"
+            (row["objective"], row["steps"], answering): f"{100 * row['success']:.0f} %"
             for row in report["rows"]
-            if metaworld_report.ANSWERING["plain"](row)
+            for answering, fits in metaworld_report.ANSWERING.items()
+            if fits(row)
         }
         best = bars["flow_matching"]["than"]
         how = f"{best['steps']} steps" if best["steps"] > 1 else "1 step"
         how += "" if best["temperature"] == 1 else f", {_short(best['temperature'])} of the noise"
-        cells = (success[key] for key in (("ofp", 1), ("ofp", 2), ("flow_matching", 1), ("flow_matching", 10)))
+        cells = (success[*key] for key in SHOWN)
         differences = (_difference(bars[name]) for name in ("ten_steps", "flow_matching"))
         rows.append((condition, *cells, *differences, how))
-    head = ("demonstrations", "OFP, one step", "two", "flow matching, one step", "ten")
+    head = ("demonstrations", "OFP, one step", "densest of eight", "two steps", "flow matching, one step", "ten")
     return markdown_table((*head, "OFP's one step minus its ten", "minus its best", "its best"), rows)
+
+
+def sharpening() -> list[str]:
+    """What `ofp` solves with its default sharpening and without, by condition and steps."""
+    rows = []
+    for condition in CONDITIONS:
+        plain = [row for row in result(f"metaworld_{condition}")["rows"] if metaworld_report.ANSWERING["plain"](row)]
+        found = {(row["objective"], row["steps"]): row for row in plain}
+        for steps in (1, 2, 10):
+            sharp, without = (found.get((objective, steps)) for objective in ("ofp", UNSHARPENED))
+            if sharp is None or without is None:
+                continue
+            change = dict(zip(("mean", "low", "high"), metaworld_report.paired_difference(sharp, without), strict=True))
+            seeds = ", ".join(map(_points, metaworld_report.seed_differences(sharp, without)))
+            rates = (f"{100 * row['success']:.0f} %" for row in (without, sharp))
+            rows.append((condition, steps, *rates, _difference(change), seeds))
+    head = ("demonstrations", "steps", "without sharpening", "with")
+    return markdown_table((*head, "difference, points [95 %]", "each seed"), rows)
 
 
 def _difference(bar: dict[str, Any]) -> str:
@@ -239,6 +261,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     for function in (
         headline, latency, stock_runs, control, precision, text_lengths, attention, equality, gradients, training,
         conditions,
+        sharpening,
     )
 } | {"estimates": estimates.table}  # fmt: skip
 
@@ -257,7 +280,7 @@ def metaworld_bars(report: dict[str, Any]) -> list[str]:
     """OFP against what it is judged by, in points on the same episodes, and whether the bar holds."""
     rows = [
         (bar["what"], _difference(bar), ", ".join(map(_points, bar["seeds"])), "yes" if bar["holds"] else "**no**")
-        for bar in report["bars"] if "seeds" in bar
+        for bar in report["bars"] if "seeds" in bar and bar["objective"] == "ofp"
     ]  # fmt: skip
     return markdown_table(("difference", "points [95 %]", "each seed", "holds"), rows)
 

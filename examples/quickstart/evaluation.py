@@ -70,8 +70,9 @@ def runner_of(checkpoint: Path, sampling: Sampling) -> Runner:
 
 
 def draw_noise(runner: Runner, rngs: Sequence[np.random.Generator]) -> torch.Tensor:
-    """One start of the sampler (n, horizon, action) per generator."""
-    shape = (runner.served.config.chunk_size, runner.served.config.max_action_dim)
+    """Starts of the sampler (n, samples, horizon, action), one of the n per generator."""
+    config = runner.served.config
+    shape = (config.test_time_samples, config.chunk_size, config.max_action_dim)
     return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
 
@@ -263,7 +264,7 @@ def measure_latency(
         runner = runner_of(checkpoint, sampling)
         served, noise = runner.served, draw_noise(runner, [np.random.default_rng(0)])
         batch = served.preprocess(runner.batch([{**shown, "task": description(recording.task)}]))
-        answer = partial(served.policy.predict_action_chunk, batch, noise=noise)
+        answer = partial(served.policy.predict_action_chunk, batch, noise=noise[0])
         times = [milliseconds(answer, torch.device("cpu")) for _ in range(calls + calls // 4)]
         medians.append(median(times[calls // 4 :]))
     return {"milliseconds": medians}

@@ -25,13 +25,14 @@ PROCESSES = 2
 OFP, FLOW_MATCHING = "ofp", "flow_matching"
 ROWS = (
     (OFP, Sampling.plain("flow_map", 1)),
+    (OFP, Sampling.plain("flow_map", 1, samples=8)),
     (OFP, Sampling.plain("flow_map", 2)),
     (OFP, Sampling.plain("euler", 10)),
     (FLOW_MATCHING, Sampling.plain("euler", 1)),
     (FLOW_MATCHING, Sampling.plain("euler", 10)),
 )
 BASELINES = ("replay", "mean", "blind")
-FILMED = (3, 0, 4)  # of ROWS: flow matching's single step, ours, flow matching's ten
+FILMED = (4, 0, 5)  # of ROWS: flow matching's single step, ours, flow matching's ten
 RESULT = "result.json"
 
 
@@ -132,9 +133,8 @@ class Quickstart:
         return self.output / "evaluation" / name
 
     def _row_name(self, policy: str, sampling: Sampling) -> str:
-        return f"{policy}_{sampling.sampler}_{sampling.steps}" + (
-            f"_warm_{sampling.warm_start}" * bool(sampling.warm_start)
-        )
+        samples = f"_densest_of_{sampling.samples}" if sampling.samples != 1 else ""
+        return f"{policy}_{sampling.sampler}_{sampling.steps}{samples}"
 
     def _job(self, name: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> Job:
         return Job(self._directory(name), [self.settings, name], function, arguments)

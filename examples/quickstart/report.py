@@ -35,6 +35,7 @@ def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: 
         "policy": policy,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
+        "samples": sampling.samples,
         **success_of(result),
         "energy_distance": round(result["energy_distance"], 4),
         "spread": round(result["spread"], 4),
@@ -45,16 +46,17 @@ def row_of(policy: str, sampling: Sampling, result: dict[str, Any], latency_ms: 
 
 def table(report: dict[str, Any]) -> str:
     """The rows and baselines in Markdown."""
-    names = ("policy", "sampler", "steps", "success [95 %]", "left", "actions", "energy distance", "spread", "ms")
+    names = ("policy", "sampler", "steps", "densest of", "success [95 %]", "left", "actions", "energy distance",
+             "spread", "ms")  # fmt: skip
     lines = []
     for row in report["rows"]:
-        policy = [row["policy"], row["sampler"], row["steps"]]
+        policy = [row["policy"], row["sampler"], row["steps"], "–" if row["samples"] == 1 else row["samples"]]
         measures = [f"{row['energy_distance']:.3f}", f"{row['spread']:.3f}", f"{row['latency_ms']:.1f}"]
         lines.append([*policy, *_success(row), *measures])
     for row in report["baselines"]:
-        lines.append([row["name"], *["–"] * 2, *_success(row), *["–"] * 3])
+        lines.append([row["name"], *["–"] * 3, *_success(row), *["–"] * 3])
     row = report["demonstrator"]
-    lines.append(["demonstrator", *["–"] * 2, *_success(row), "0", f"{row['spread']:.3f}", "–"])
+    lines.append(["demonstrator", *["–"] * 3, *_success(row), "0", f"{row['spread']:.3f}", "–"])
     return "\n".join(markdown_table(names, lines))
 
 
@@ -74,7 +76,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}", []).append(row)
+        densest = f", densest of {row['samples']}" if row["samples"] > 1 else ""
+        curves.setdefault(f"{row['policy']}, {row['sampler'].replace('_', ' ')}{densest}", []).append(row)
     for index, (label, rows) in enumerate(curves.items()):
         x = [row["evaluations_per_chunk"] * (0.94 + 0.04 * index) for row in rows]  # side by side
         success = np.array([row["success"] for row in rows])

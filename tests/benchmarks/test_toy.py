@@ -30,7 +30,7 @@ def test_goals_are_ten_step_flow_matching_and_the_best_rival():
     rows = [
         row("flow_matching", "scratch", 1, 2.0),
         row("flow_matching", "scratch", 10, 0.02),
-        row("ofp", "flow_matching", 1, 0.01),
+        row(toy.UNSHARPENED, "flow_matching", 1, 0.01),
         row("shortcut", "flow_matching", 1, 0.005),
         row("snapflow", "flow_matching", 1, 0.5),
     ]
