@@ -43,7 +43,7 @@ SMOLVLA_MODES: dict[str, dict[str, Any]] = {"expert_only": {}}  # its default; a
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of gradients: bfloat16's own error is 1e-2
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "default": {},
-    "default and sharpening": {"sharpening_noise": 0.3},
+    "without sharpening": {"sharpening_noise": 0.0},
     "ofp_paper": {"objective": "ofp_paper", "ofp_paper": OFPPaperSettings(contraction_steps=0)},  # guidance is on
 }
 
