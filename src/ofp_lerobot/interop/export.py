@@ -57,6 +57,7 @@ def export(
         raise UserError(f"{source} is a plain π₀.₅ already: `ofp-convert to-openpi` gives it openpi's layout")
     if kind in FAMILIES:
         raise UserError(f"{source} is a plain {kind!r} already")
+    _refuse_other_sizes(source, config)
     layout = layout or ("both" if kind == "ofp" else "lerobot")
     if layout != "lerobot" and kind != "ofp":
         raise UserError(f"openpi's layout is for `ofp` alone, {source} is of type {kind!r}: give --layout lerobot")
@@ -137,6 +138,21 @@ def export(
             (part / "README.md").write_text(text)
             found += proven
     return found
+
+
+_MODELS = {"ofp": "π₀.₅", "ofp_pi0": "π₀", "ofp_smolvla": "SmolVLA"}  # whose code runs what is exported
+
+
+def _refuse_other_sizes(source: str | Path, config: Any) -> None:
+    """Raises UserError where the stock policy of this kind has no network of the checkpoint's size."""
+    try:
+        stock_config(config)
+    except UserError as error:
+        model = _MODELS[config.type]
+        raise UserError(
+            f"ofp-export needs a checkpoint of {model}'s real size, since what it writes is run by stock code for "
+            f"{model}. {source} is of another size: {error}"
+        ) from error
 
 
 @contextmanager
