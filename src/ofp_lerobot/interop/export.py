@@ -26,7 +26,7 @@ from .directories import find_file, read_json, refuse_existing, whole_directory
 from .fold import fold_length, fold_times
 from .processors import read_processors
 from .proof import Difference, make_probes, our_answers, prove
-from .readme import OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
+from .readme import NETWORKS, OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
 
 logger = logging.getLogger(__name__)
 
@@ -140,15 +140,12 @@ def export(
     return found
 
 
-_MODELS = {"ofp": "π₀.₅", "ofp_pi0": "π₀", "ofp_smolvla": "SmolVLA"}  # whose code runs what is exported
-
-
 def _refuse_other_sizes(source: str | Path, config: Any) -> None:
     """Raises UserError where the stock policy of this kind has no network of the checkpoint's size."""
     try:
         stock_config(config)
     except UserError as error:
-        model = _MODELS[config.type]
+        model, _ = NETWORKS[OURS[config.type].policy.stock]
         raise UserError(
             f"ofp-export needs a checkpoint of {model}'s real size, since what it writes is run by stock code for "
             f"{model}. {source} is of another size: {error}"
