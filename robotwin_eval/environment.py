@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ofp_lerobot.evaluation.provenance import short_commit
 from .adapters.install import layout_of
 from .cpu.checkout import require
 from .cpu.launch import environment
+from .data.keywords import TASKS
 from .serve import PolicyServer
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ class RoboTwinHarness(Harness):
             require(root)
             settings |= {"cpu": True, "vulkan": str(args.robotwin_vulkan) if args.robotwin_vulkan else None}
         return {**settings, "commit": short_commit(root)}
+
+    @classmethod
+    def known_tasks(cls, kind: str) -> Sequence[str]:
+        return TASKS
 
     @classmethod
     def first_seed(cls, kind: str) -> int:

@@ -3,7 +3,7 @@
 The checkout must be on PYTHONPATH and the working directory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness
 from ofp_lerobot.evaluation.episodes import Start
 
 from .adapters.common.observation import CLASSIC_CAMERAS
+from .data.keywords import TASKS
 from .serve import camera_names
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class LeRobotRoboTwinHarness(LeRobotHarness):
             "out; LeRobot's instructions, which are the task's name, or a template in the ranking of blocks; clean "
             f"scenes only; {limits}"
         )
+
+    @classmethod
+    def known_tasks(cls, kind: str) -> Sequence[str]:
+        return TASKS
 
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
         """Seeds in order, without those at which RoboTwin finds the scene unstable, with LeRobot's instructions."""

@@ -82,8 +82,13 @@ def test_a_name_that_could_be_both_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert robotwin_data.main(["prepare", "--repo-id=owner/name", f"--output={tmp_path / 'out'}"]) == 2
     assert "owner/name, which is no directory here, so taken for a repository on the Hub" in capsys.readouterr().out
-    with pytest.raises(UserError, match="neither a directory nor a Hub repository that can be reached"):
+    with pytest.raises(
+        UserError, match="^owner/name is not a directory on this machine, nor a repository on the Hub that can"
+    ):
         Runner.load("owner/name", device="cpu")
+    assert interop.convert(["from-pi05", "owner/name", f"--output={tmp_path / 'out'}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("ofp-convert: owner/name is not a directory") and "pretrained_path" not in message
 
 
 def test_robotwins_data_from_a_directory(dataset, tmp_path, capsys):

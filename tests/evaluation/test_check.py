@@ -613,10 +613,10 @@ def test_nearest_against_loops():
     [
         ((1.0, 0.9, 1.2), (1.0, 0.9, 1.1), 0.0, None, None),
         ((0.4, 0.3, 0.5), (0.8, 0.7, 0.9), 0.3, None, None),  # sharper than the data, and where the data is
-        ((1.3, 1.2, 1.4), (1.0, 0.9, 1.3), 0.3, "too_spread", "raise --policy.sharpening_noise=0.3 (try 0.5)"),
-        ((2.0, 1.9, 2.1), (1.8, 1.7, 1.9), 0.0, "too_spread", "raise --policy.sharpening_noise=0 (try 0.2)"),
+        ((1.3, 1.2, 1.4), (1.0, 0.9, 1.3), 0.3, "too_spread", "raise --policy.sharpening_noise from 0.3 to 0.5"),
+        ((2.0, 1.9, 2.1), (1.8, 1.7, 1.9), 0.0, "too_spread", "raise --policy.sharpening_noise from 0 to 0.2"),
         ((1.2, 1.0, 1.4), (1.0, 0.9, 1.3), 0.3, None, None),  # not certain
-        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.5, "too_sharp", "lower --policy.sharpening_noise=0.5"),
+        ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.5, "too_sharp", "lower --policy.sharpening_noise, which was 0.5"),
         ((0.4, 0.3, 0.5), (2.0, 1.8, 2.2), 0.0, "too_sharp", "train longer"),
     ],
 )

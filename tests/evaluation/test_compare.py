@@ -159,7 +159,7 @@ def test_options_narrow_frozen_starts(tmp_path, capsys):
 
     def frozen(*options):
         arguments = ["--env=robotwin", f"--starts={path}", f"--output={tmp_path}", *options]
-        return compare.starts_to_play(compare.parse_arguments(arguments), None, None)
+        return compare.frozen_starts(compare.parse_arguments(arguments))
 
     assert frozen() == starts
     assert frozen("--conditions=demo_clean", "--episodes=2") == starts[:2] + starts[6:8]
@@ -375,7 +375,7 @@ def test_no_initial_state_of_libero_is_played_twice(monkeypatch, tmp_path):
 
     def starts(*options):
         arguments = ["--env=libero", "--tasks=libero_spatial/0", f"--output={tmp_path}", *options]
-        return compare.starts_to_play(compare.parse_arguments(arguments), None, None)
+        return compare.starts_to_play(compare.parse_arguments(arguments), None)
 
     found = []
     starts("--episodes=50")
@@ -391,7 +391,7 @@ def test_no_initial_state_of_libero_is_played_twice(monkeypatch, tmp_path):
     command, *options = shlex.split(example)
     assert command == "ofp-compare"
     found.clear()
-    compare.starts_to_play(compare.parse_arguments([*options, f"--output={tmp_path}"]), None, None)
+    compare.starts_to_play(compare.parse_arguments([*options, f"--output={tmp_path}"]), None)
     assert [start.seed for start in found] == 2 * list(range(50))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from contextlib import nullcontext, suppress
@@ -18,8 +19,12 @@ from ofp_lerobot.evaluation.closed_loop import settings, workers
 from ofp_lerobot.evaluation.closed_loop.policies import PolicySpec, read_policies
 from ofp_lerobot.evaluation.closed_loop.results import read_results
 from ofp_lerobot.evaluation.closed_loop.workers import Find, HarnessSpec, Play, Player
+from ofp_lerobot.evaluation.environments.lerobot_envs import LeRobotHarness, _Scene
+from ofp_lerobot.evaluation.environments.pillar import TASK
+from ofp_lerobot.evaluation.environments.quickstart import QuickstartHarness
 from ofp_lerobot.evaluation.episodes import Episode, Outcome, Start
 from ofp_lerobot.evaluation.videos import read_frames, side_by_side, write_frames
+from ofp_lerobot.inference.observations import ObservationError
 from robotwin_eval.environment import RoboTwinHarness
 from tests.lerobot import hub_server
 from tests.processes import is_alive, wait_until
@@ -110,6 +115,28 @@ def test_a_task_named_twice_is_refused_before_anything_is_written(world, flag, c
     assert seeds(world) == [1000, 1000, 1001, 1001]
 
 
+@pytest.mark.parametrize(
+    ("env", "known"),
+    [
+        ("metaworld", "Tasks of metaworld: .*, window-open-v3"),
+        ("robotwin", "Tasks of robotwin: adjust_bottle, "),
+        ("lerobot-robotwin", "Tasks of lerobot-robotwin: adjust_bottle, "),
+        ("libero", "or give --starts$"),
+        ("quickstart", None),
+    ],
+)
+def test_without_tasks(env, known, tmp_path, capsys):
+    """Those that are known are named; the quickstart's environment has one that it is made for."""
+    arguments = [f"--env={env}", f"--output={tmp_path}"]
+    if known is None:
+        assert compare.parse_arguments(arguments).tasks == ["button-press-topdown-v3"]
+        assert compare.parse_arguments([*arguments, f"--starts={tmp_path}"]).tasks is None  # all that are listed
+        return
+    with pytest.raises(SystemExit) as ended:
+        compare.parse_arguments(arguments)
+    assert ended.value.code == 2 and re.search(known, capsys.readouterr().err.strip())
+
+
 @pytest.mark.parametrize("env", ["metaworld", "lerobot-robotwin", "quickstart"])
 def test_conditions_that_the_environment_does_not_have(world, env, tmp_path, capsys):
     assert run(world, "--conditions=demo_clean,demo_randomized", env=env) == 2
@@ -118,7 +145,7 @@ def test_conditions_that_the_environment_does_not_have(world, env, tmp_path, cap
     starts.write_text(json.dumps(Start("reach-v3", "demo_randomized", 7, "go")._asdict()) + "\n")
     assert run(world, f"--starts={starts}", env=env) == 2
     assert "'demo_randomized'" in capsys.readouterr().err
-    assert seeds(world) == []
+    assert not world.output.exists()
 
 
 def test_another_first_seed_is_told(world, capsys):
@@ -148,6 +175,13 @@ def test_a_report_of_nothing_leaves_no_directory(world, capsys):
     assert run(world) == run(world, "--report-only") == 0
 
 
+def test_nor_does_a_policy_that_is_not_there(world, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "fingerprint", FINGERPRINT)
+    assert run(world, policy="name=one,path=./nope,steps=1") == 2
+    assert "./nope is not a directory on this machine" in capsys.readouterr().err
+    assert not world.output.exists()
+
+
 def test_another_commit_on_the_hub_is_another_policy(world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(settings, "fingerprint", FINGERPRINT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -169,6 +203,48 @@ def test_an_older_directory_does_not_know_the_hubs_commit():
     assert settings.is_same_policy({**now, "checkpoint": None}, now)
     assert not settings.is_same_policy({**now, "checkpoint": None, "path": "user/other"}, now)
     assert not settings.is_same_policy({**now, "checkpoint": "beef"}, now)
+
+
+# Policies of another robot
+
+
+@pytest.mark.parametrize("mismatch", [True, False])
+def test_a_policy_of_another_robot_ends_the_comparison(mismatch, tmp_path, monkeypatch, capsys):
+    """With one line; what was measured before stays. Another fault of an observation is an error of that episode."""
+
+    def play(start, runner, *_, **__):
+        if start.seed == 1001:
+            raise ObservationError("observation.image unknown to this policy", mismatch=mismatch)
+        return Outcome(True, 5, "go", [], [])
+
+    harness = SimpleNamespace(play=play, close=lambda: None, find_starts=LeRobotHarness("metaworld", {}).find_starts)
+    monkeypatch.setattr(HarnessSpec, "make", lambda self, device: harness)
+    monkeypatch.setattr(Player, "_runner", lambda self, spec: None)
+    monkeypatch.setattr(workers, "_device_name", lambda runner: "cpu")
+    monkeypatch.setattr(settings, "fingerprint", str)
+    code = run(SimpleNamespace(output=tmp_path / "out"), "--workers=0", episodes=3)
+    said = capsys.readouterr().err
+    played = {e.seed: e.error for e in read_results(tmp_path / "out" / compare.EPISODES)}
+    if mismatch:
+        assert code == 2 and played == {1000: None} and "Traceback" not in said
+        line = "policy 'one' does not fit --env metaworld: observation.image unknown to this policy"
+        assert said.splitlines()[-1] == f"ofp-compare: {line}"
+        assert json.loads((tmp_path / "out/report.json").read_text())["overall"][0]["episodes"] == 1
+    else:
+        error = "ObservationError: observation.image unknown to this policy"
+        assert code == 0 and played == {1000: None, 1001: error, 1002: None}
+
+
+def test_actions_of_another_size_are_refused_before_they_are_executed():
+    harness = object.__new__(QuickstartHarness)  # without a simulator
+    with pytest.raises(UserError, match="actions of 5 values and the environment takes 4"):
+        harness.play(Start(TASK, "", 1), SimpleNamespace(action_size=5), 0, {}, film=False)
+    steps = []
+    environment = SimpleNamespace(single_action_space=SimpleNamespace(shape=(4,)), step=steps.append)
+    world = SimpleNamespace(_finish=lambda action: action[None], _served=False, _env=environment)
+    with pytest.raises(UserError, match="actions of 5 values and the environment takes 4"):
+        _Scene(world, {}, "go", {}, film=False).step(np.zeros(5, np.float32))
+    assert not steps
 
 
 # Films

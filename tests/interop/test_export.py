@@ -388,7 +388,7 @@ def test_the_code_for_openpis_server_undoes_its_rounding(trained, tmp_path):
     compile(server.split("```")[0], "README.md", "exec")
 
 
-def test_refusals(trained, dataset, tokenizer, tmp_path, capsys):
+def test_refusals(trained, dataset, tokenizer, tmp_path, capsys, caplog):
     def refusal(*arguments):
         assert export([str(a) for a in arguments]) == 2
         assert not (tmp_path / "out").exists()
@@ -397,9 +397,14 @@ def test_refusals(trained, dataset, tokenizer, tmp_path, capsys):
     out = f"--output={tmp_path / 'out'}"
     message = refusal(trained, out, "--steps=1")  # this run has no train_config.json
     assert "--asset-id" in message and "--layout lerobot" in message
-    small_one = runs.ofp_checkpoint(tmp_path / "tiny", dataset, tokenizer)
-    assert "no network of this size" in refusal(small_one, out, "--steps=1", "--layout=lerobot")
-    assert "no teacher" in refusal(small_one, out, "--steps=1", "--layout=lerobot", "--weights=teacher")
+    small_one = runs.ofp_checkpoint(tmp_path / "tiny", dataset, tokenizer, test_time_samples=4)
+    for layout in ("--layout=lerobot", "--layout=both"):  # before it asks for an asset id or warns of anything
+        caplog.clear()
+        message = refusal(small_one, out, "--steps=1", layout)
+        assert message.startswith("ofp-export: ofp-export needs a checkpoint of π₀.₅'s real size")
+        assert "no network of this size" in message and not caplog.records
+    untrained = runs.ofp_checkpoint(tmp_path / "untrained", dataset, tokenizer, **REAL_NAMES)
+    assert "no teacher" in refusal(untrained, out, "--steps=1", "--layout=lerobot", "--weights=teacher")
     policy = small.ofp_policy(tokenizer_name=str(tokenizer), tokenizer_max_length=32, **REAL_NAMES)
     small.stock_policy(policy).save_pretrained(tmp_path / "pi05")
     assert "plain π₀.₅ already" in refusal(tmp_path / "pi05", out, "--steps=1", "--layout=lerobot")

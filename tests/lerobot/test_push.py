@@ -182,7 +182,10 @@ def test_an_adapter_comes_with_the_revision_of_its_base_that_it_names(tmp_path, 
 
 @pytest.mark.parametrize(
     "wanted, message",
-    [({"token": False}, f"{REPO}.*neither a directory nor a Hub"), ({"revision": "v9"}, f"{REPO}.*no revision 'v9'")],
+    [
+        ({"token": False}, f"{REPO} is not a directory on this machine, nor a repository on the Hub"),
+        ({"revision": "v9"}, f"{REPO}.*no revision 'v9'"),
+    ],
     ids=["private", "revision"],
 )
 def test_what_the_hub_will_not_give_is_one_clear_error(wanted, message, push, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 
+from ofp_lerobot.serving import lerobot_async
 from ofp_lerobot.serving.lerobot_async import allow_plugin
 from tests.kinds import POLICIES
 from tests.serving.tinyrobot import JOINTS, TinyRobotConfig
@@ -62,6 +65,21 @@ def server(somewhere):
         log.close()
 
 
+def test_help_without_grpc(somewhere, monkeypatch, capsys):
+    """It names LeRobot's options; without --help there is only the extra to name."""
+    from lerobot.async_inference.configs import PolicyServerConfig
+
+    monkeypatch.setattr(lerobot_async, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["ofp-async-server", "--help"])
+    assert lerobot_async.main() == 0
+    printed = capsys.readouterr().out
+    assert set(re.findall(r"--(\w+)", printed)) == {field.name for field in fields(PolicyServerConfig)}
+    assert "lerobot_policy_ofp[async]" in printed
+    monkeypatch.setattr(sys, "argv", ["ofp-async-server"])
+    assert lerobot_async.main() == 2
+    assert "lerobot_policy_ofp[async]" in capsys.readouterr().err
+
+
 def test_lerobots_server_refuses_the_type_until_it_is_allowed(somewhere):
     """The day the first half fails, LeRobot's own server may do and the launcher can go."""
     from lerobot.async_inference import constants, policy_server
@@ -79,7 +97,7 @@ def test_lerobots_server_refuses_the_type_until_it_is_allowed(somewhere):
         allow_plugin()
         allow_plugin()
         assert [*kept, "ofp", "ofp_pi0", "ofp_smolvla", "ofp_unet"] == constants.SUPPORTED_POLICIES
-        with pytest.raises(FileNotFoundError, match="nothing' is not a directory"):
+        with pytest.raises(FileNotFoundError, match="nothing is not a directory on this machine"):
             server.SendPolicyInstructions(request, context)
     finally:
         constants.SUPPORTED_POLICIES[:] = kept

@@ -15,6 +15,11 @@ TASK = "task"  # LeRobot's key of the instruction
 class ObservationError(ValueError):
     """An observation the policy cannot act on; the message names what is wrong with it."""
 
+    def __init__(self, message: str, *, mismatch: bool = False) -> None:
+        """mismatch: its names or sizes are not the policy's, so no other observation from there will do either."""
+        super().__init__(message)
+        self.mismatch = mismatch
+
 
 class Sample(NamedTuple):
     """images: feature name -> (h, w, 3) or (3, h, w) uint8 as it came, RGB; states: name -> (s,) float32; the
@@ -62,7 +67,8 @@ class ObservationReader:
             problems += [f"{', '.join(unknown)} unknown to this policy"] if unknown else []
             raise ObservationError(
                 f"observation: {' and '.join(problems)}; its cameras are {', '.join(self.cameras)}, its other keys "
-                f"{' and '.join([*self.states, TASK])}"
+                f"{' and '.join([*self.states, TASK])}",
+                mismatch=True,
             )
         return Sample(
             images={key: _image(key, observation[key]) for key in self.cameras},
@@ -101,7 +107,7 @@ def _state(key: str, size: int, value: Any) -> Tensor:
     if state.dtype.kind != "f":
         raise ObservationError(f"{key} must be floats, got {state.dtype}")
     if state.shape != (size,):
-        raise ObservationError(f"{key} must have {size} values, shape ({size},), got {state.shape}")
+        raise ObservationError(f"{key} must have {size} values, shape ({size},), got {state.shape}", mismatch=True)
     with np.errstate(over="ignore"):
         state = state.astype(np.float32)
     if not np.isfinite(state).all():

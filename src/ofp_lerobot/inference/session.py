@@ -218,7 +218,8 @@ class Runner:
             try:
                 samples.append(self._reader.read(observation))
             except ObservationError as error:
-                raise ObservationError(f"number {i}: {error}" if len(observations) > 1 else str(error)) from None
+                text = f"number {i}: {error}" if len(observations) > 1 else str(error)
+                raise ObservationError(text, mismatch=error.mismatch) from None
         return samples
 
     def _look_at_first_states(self, sessions: Sequence[Session], samples: Sequence[Sample]) -> None:

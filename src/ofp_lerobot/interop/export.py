@@ -26,7 +26,7 @@ from .directories import find_file, read_json, refuse_existing, whole_directory
 from .fold import fold_length, fold_times
 from .processors import read_processors
 from .proof import Difference, make_probes, our_answers, prove
-from .readme import OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
+from .readme import NETWORKS, OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def export(
         raise UserError(f"{source} is a plain π₀.₅ already: `ofp-convert to-openpi` gives it openpi's layout")
     if kind in FAMILIES:
         raise UserError(f"{source} is a plain {kind!r} already")
+    _refuse_other_sizes(source, config)
     layout = layout or ("both" if kind == "ofp" else "lerobot")
     if layout != "lerobot" and kind != "ofp":
         raise UserError(f"openpi's layout is for `ofp` alone, {source} is of type {kind!r}: give --layout lerobot")
@@ -137,6 +138,18 @@ def export(
             (part / "README.md").write_text(text)
             found += proven
     return found
+
+
+def _refuse_other_sizes(source: str | Path, config: Any) -> None:
+    """Raises UserError where the stock policy of this kind has no network of the checkpoint's size."""
+    try:
+        stock_config(config)
+    except UserError as error:
+        model, _ = NETWORKS[OURS[config.type].policy.stock]
+        raise UserError(
+            f"ofp-export needs a checkpoint of {model}'s real size, since what it writes is run by stock code for "
+            f"{model}. {source} is of another size: {error}"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from ..compat import precision
 from .configurations import steps_setting
 from .proof import Difference
 
-_NETWORKS = {"pi05": ("π₀.₅", "ofp"), "pi0": ("π₀", "ofp_pi0"), "smolvla": ("SmolVLA", "ofp_smolvla")}
+NETWORKS = {"pi05": ("π₀.₅", "ofp"), "pi0": ("π₀", "ofp_pi0"), "smolvla": ("SmolVLA", "ofp_smolvla")}
 
 _HEAD = """\
 ---
@@ -164,7 +164,7 @@ def _proof(origin: Origin, found: Sequence[Difference]) -> str:
 
 
 def _plural(origin: Origin) -> dict[str, Any]:
-    network, ours = _NETWORKS[origin.kind]
+    network, ours = NETWORKS[origin.kind]
     return {
         "steps": origin.steps,
         "s": "" if origin.steps == 1 else "s",

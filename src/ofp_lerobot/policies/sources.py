@@ -29,12 +29,12 @@ def find_file(source: str | Path, filename: str, **hub: Any) -> Path | None:
     if directory.is_dir():
         return directory / filename if (directory / filename).is_file() else None
     if looks_local(str(source)):
-        raise FileNotFoundError(f"pretrained_path {str(source)!r} is not a directory")
+        raise FileNotFoundError(f"{source} is not a directory on this machine")
     try:
         return Path(hf_hub_download(repo_id=str(source), filename=filename, **hub))
     except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"pretrained_path {str(source)!r} is neither a directory nor a Hub repository that can be reached: {error}"
+            f"{source} is not a directory on this machine, nor a repository on the Hub that can be reached: {error}"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(

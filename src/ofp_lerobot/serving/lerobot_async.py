@@ -8,6 +8,15 @@ extended in place before the server starts, without changing LeRobot.
 import sys
 from importlib.util import find_spec
 
+EXTRA = "pip install 'lerobot_policy_ofp[async]'"
+# LeRobot's own help cannot be had without gRPC: its package asks for it where it is imported.
+HELP = f"""\
+usage: ofp-async-server [--host HOST] [--port PORT] [--fps FPS] [--inference_latency S] [--obs_queue_timeout S]
+
+LeRobot's async-inference server (python -m lerobot.async_inference.policy_server), which then also takes this plugin's
+policies. The options are LeRobot's; with gRPC installed this help tells them in full: {EXTRA}
+"""
+
 
 def allow_plugin() -> None:
     """Registers the policy types and extends the list. Raises ImportError where LeRobot's `async` extra is missing."""
@@ -25,10 +34,13 @@ def allow_plugin() -> None:
 def main() -> int:
     """Takes the options of `python -m lerobot.async_inference.policy_server`. Serves until interrupted.
 
-    Returns 0; 2 after one line where LeRobot's `async` extra is missing, --help too; 130 where it was interrupted.
+    Returns 0; 2 after one line where LeRobot's `async` extra is missing; 130 where it was interrupted.
     """
     if find_spec("grpc") is None:
-        print("ofp-async-server: gRPC is not installed: pip install 'lerobot_policy_ofp[async]'", file=sys.stderr)
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(HELP, end="")
+            return 0
+        print(f"ofp-async-server: gRPC is not installed: {EXTRA}", file=sys.stderr)
         return 2
     allow_plugin()
     from lerobot.async_inference import policy_server

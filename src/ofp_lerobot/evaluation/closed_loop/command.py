@@ -19,7 +19,7 @@ from ..videos import side_by_side
 from .policies import PolicySpec, read_policies
 from .report import write_report
 from .results import Results, open_results
-from .settings import settle, settle_first_seed
+from .settings import describe, settle, settle_first_seed
 from .workers import STOPPED, Find, HarnessSpec, Play, run_jobs
 
 DEFAULT_EPISODES = 100
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     episodes.add_argument(
         "--env", required=True, help="robotwin, lerobot-robotwin, metaworld, libero, ... or quickstart"
     )
-    episodes.add_argument("--tasks", type=_list, help="comma-separated")
+    episodes.add_argument("--tasks", type=_list, help="comma-separated; the quickstart's environment has its own")
     episodes.add_argument("--conditions", type=_list, help="RoboTwin's: demo_clean (default), demo_randomized")
     episodes.add_argument(
         "--episodes", type=int, help=f"per task and condition (default {DEFAULT_EPISODES}, of --starts all)"
@@ -101,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     running.add_argument("--report-only", action="store_true", help="no episodes, only the report of those there are")
     args = parser.parse_args(argv)
     if args.starts is None and not args.tasks and not args.report_only:
-        parser.error("name the --tasks, or give --starts")
+        args.tasks = _default_tasks(parser, args.env)
     if args.workers < 0 or (args.episodes is not None and args.episodes < 1):
         parser.error("--workers must be at least 0 and --episodes at least 1")
     for flag in ("tasks", "conditions"):
@@ -110,6 +110,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.devices:
         parser.error("--devices names no device: leave it out, or name some as cuda:0,cuda:1")
     return args
+
+
+def _default_tasks(parser: argparse.ArgumentParser, env: str) -> list[str]:
+    """Of an environment that is made for them. Ends the process with 2 where it has none."""
+    try:
+        kind = harness_class(env)
+    except ImportError as error:
+        parser.error(f"--env {env}: {error}")
+    if not kind.tasks:
+        known = ", ".join(kind.known_tasks(env))
+        parser.error("name the --tasks, or give --starts" + (f". Tasks of {env}: {known}" if known else ""))
+    return list(kind.tasks)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,10 +137,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     harness = _harness(args)
     if args.report_only and not (args.output / EPISODES).is_file():
         raise UserError(f"--output {args.output} has no {EPISODES} to report")
-    with open_results(args.output / EPISODES) as results:
+    described = describe(policies, harness)
+    frozen = None if args.report_only else frozen_starts(args)
+    with open_results(args.output / EPISODES) as results:  # from here on there are files
         has_starts = _harness_class(args).looks_for_starts and bool(_known_starts(args.output / STARTS))
-        settings = settle(args.output / SETTINGS, policies, harness, results.episodes, has_starts=has_starts)
-        starts = [] if args.report_only else starts_to_play(args, harness, results)
+        settings = settle(args.output / SETTINGS, described, results.episodes, has_starts=has_starts)
+        starts = [] if args.report_only else starts_to_play(args, harness) if frozen is None else frozen
         try:
             if not args.report_only:
                 _check_instructions(starts, results.episodes, args.output)
@@ -164,13 +178,9 @@ def _harness_class(args: argparse.Namespace) -> type[Harness]:
         raise UserError(f"--env {args.env}: {error}") from error
 
 
-def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Results) -> list[Start]:
-    """The frozen list, or the one of this directory, made longer where it is too short."""
+def starts_to_play(args: argparse.Namespace, harness: HarnessSpec) -> list[Start]:
+    """The list of this directory, made longer where it is too short."""
     kind = _harness_class(args)
-    if args.conditions and not any(kind.conditions):
-        raise UserError(f"--env {args.env} has no conditions: leave --conditions out")
-    if args.starts is not None:
-        return _frozen(args, kind)
     conditions = args.conditions or kind.conditions
     first = kind.first_seed(args.env) if args.first_seed is None else args.first_seed
     path = args.output / STARTS
@@ -203,8 +213,16 @@ def starts_to_play(args: argparse.Namespace, harness: HarnessSpec, results: Resu
     return chosen
 
 
-def _frozen(args: argparse.Namespace, kind: type[Harness]) -> list[Start]:
-    """Of --starts, what the other options leave: the first --episodes of each task and condition in its order."""
+def frozen_starts(args: argparse.Namespace) -> list[Start] | None:
+    """Of --starts, what the other options leave: the first --episodes of each task and condition in its order.
+
+    None without --starts. Raises UserError where the options do not fit the environment or the list.
+    """
+    kind = _harness_class(args)
+    if args.conditions and not any(kind.conditions):
+        raise UserError(f"--env {args.env} has no conditions: leave --conditions out")
+    if args.starts is None:
+        return None
     count: Counter[tuple[str, str]] = Counter()
     chosen = []
     for start in read_starts(args.starts):

@@ -14,18 +14,20 @@ from .policies import PolicySpec
 from .workers import HarnessSpec
 
 
-def settle(
-    path: Path, policies: Sequence[PolicySpec], harness: HarnessSpec, episodes: Iterable[Episode], *, has_starts: bool
-) -> dict[str, Any]:
-    """Writes the settings of an output directory and returns them.
-
-    What no outcome came of may still be corrected. has_starts: the directory has starts that depend on the
-    environment's settings. Raises UserError where what is there was made with others.
-    """
-    now: dict[str, Any] = {
+def describe(policies: Sequence[PolicySpec], harness: HarnessSpec) -> dict[str, Any]:
+    """What `settle` writes. Raises UserError as `fingerprint`."""
+    return {
         "harness": asdict(harness),
         "policies": {p.name: {**asdict(p), "checkpoint": fingerprint(p.path)} for p in policies},
     }
+
+
+def settle(path: Path, now: dict[str, Any], episodes: Iterable[Episode], *, has_starts: bool) -> dict[str, Any]:
+    """Writes the settings of an output directory and returns them, with those of policies that played there before.
+
+    What no outcome came of may still be corrected. now: of `describe`. has_starts: the directory has starts that depend
+    on the environment's settings. Raises UserError where what is there was made with others.
+    """
     before = _read(path)
     if before:
         played = {episode.policy for episode in episodes if episode.error is None}
@@ -35,7 +37,7 @@ def settle(
         for name, spec in now["policies"].items():
             if name in played and not is_same_policy(before["policies"].get(name, spec), spec):
                 raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
-        now["policies"] = before["policies"] | now["policies"]
+        now = {**now, "policies": before["policies"] | now["policies"]}
     now = before | now
     write_whole(path, json.dumps(now, indent=2) + "\n")
     return now

@@ -94,6 +94,8 @@ class Player:
 
     def _play(self, job: Play) -> Episode:
         assert self._harness is not None
+        from ...inference.observations import ObservationError
+
         runner, start, begin = self._runner(job.policy), job.start, time.perf_counter()
         values: dict[str, Any] = {
             "policy": job.policy.name,
@@ -107,6 +109,8 @@ class Player:
         except UserError:
             raise
         except Exception as error:
+            if isinstance(error, ObservationError) and error.mismatch:
+                raise UserError(f"policy {job.policy.name!r} does not fit --env {self._spec.kind}: {error}") from error
             traceback.print_exc()
             self._harness.close()  # whatever state it is in
             values |= {"instruction": start.instruction or "", "success": None, "steps": 0}

@@ -6,10 +6,11 @@ entry is an environment of LeRobot's.
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...errors import UserError
 from ..episodes import Outcome, Start
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Harness(ABC):
     """Where episodes are played, in one process. Made from the kind (its name for `ofp-compare`) and its settings."""
 
     conditions: ClassVar[tuple[str, ...]] = ("",)  # by default, of each task; ("",): there are none
+    tasks: ClassVar[tuple[str, ...]] = ()  # by default, for an environment that is made for them
     needs_instructions: ClassVar[bool] = False  # with every start
     looks_for_starts: ClassVar[bool] = False  # in the environment, as its settings have it; that takes time
 
@@ -40,6 +42,11 @@ class Harness(ABC):
     def read_arguments(cls, args: argparse.Namespace) -> dict[str, Any]:
         """Its settings, plain values: episodes of other settings are never mixed. Raises UserError."""
         return {}
+
+    @classmethod
+    def known_tasks(cls, kind: str) -> Sequence[str]:
+        """Tasks to choose from, where they are known without the environment."""
+        return cls.tasks
 
     @classmethod
     def first_seed(cls, kind: str) -> int:
@@ -60,11 +67,23 @@ class Harness(ABC):
     def play(
         self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
-        """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy."""
+        """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy.
+
+        Raises UserError for what would go wrong in every episode, such as a policy of another robot.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Lets go of environments and policies; the next episode opens them again."""
+
+
+def refuse_action_size(answered: int, taken: int) -> None:
+    """Raises UserError where a policy's actions have another size than the environment's."""
+    if answered != taken:
+        raise UserError(
+            f"the policy answers with actions of {answered} values and the environment takes {taken}: compare policies "
+            "that were trained for it"
+        )
 
 
 def harness_class(kind: str) -> type[Harness]:

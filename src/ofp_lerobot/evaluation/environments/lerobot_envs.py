@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from ...errors import UserError
 from ..episodes import Outcome, Start
 from ..rollout import MeasuredSession, roll_out
-from . import Harness
+from . import Harness, refuse_action_size
+from .metaworld import descriptions
 
 if TYPE_CHECKING:
     from ...inference.session import Runner  # loads LeRobot, which no command's --help should wait for
@@ -55,6 +56,10 @@ class LeRobotHarness(Harness):
         options = (option.partition("=") for option in args.env_option)
         fields = {key: yaml.safe_load(value) for key, _, value in options}
         return {"fields": fields, "fast_rendering": args.fast_rendering}
+
+    @classmethod
+    def known_tasks(cls, kind: str) -> Sequence[str]:
+        return tuple(descriptions()) if kind.removeprefix(PREFIX) == "metaworld" else ()
 
     def find_starts(self, task: str, condition: str, count: int, first: int, report: Callable[[Start], None]) -> None:
         """Seeds in order: LeRobot's environments have no expert to ask."""
@@ -192,7 +197,10 @@ class _Scene:
 
     def step(self, action: NDArray[np.float32]) -> bool:
         harness = self._harness
-        self._raw, _, terminated, truncated, info = harness._env.step(harness._finish(action))
+        finished = harness._finish(action)
+        if not harness._served:
+            refuse_action_size(finished.shape[-1], harness._env.single_action_space.shape[-1])
+        self._raw, _, terminated, truncated, info = harness._env.step(finished)
         done = bool(terminated[0] or truncated[0])
         self.success = done and _is_success(info)
         if self._film and not done:  # LeRobot's environments have reset themselves by then

@@ -64,7 +64,12 @@ def usable_backend() -> str:
 
 def description(task: str) -> str:
     """The task in LeRobot's words, a policy's prompt. Raises KeyError for an unknown task."""
-    return json.loads((files("lerobot") / "envs/metaworld_config.json").read_text())["TASK_DESCRIPTIONS"][task]
+    return descriptions()[task]
+
+
+def descriptions() -> dict[str, str]:
+    """Of every task, by its name."""
+    return json.loads((files("lerobot") / "envs/metaworld_config.json").read_text())["TASK_DESCRIPTIONS"]
 
 
 def expert(task: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..episodes import Outcome, Start
 from ..rollout import MeasuredSession, roll_out
-from . import Harness
-from .metaworld import MetaworldScene, Simulator, description, usable_backend
+from . import Harness, refuse_action_size
+from .metaworld import ACTION_DIM, MetaworldScene, Simulator, description, usable_backend
 from .pillar import TASK, Pillar
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ MAX_STEPS = 96  # actions of an episode
 class QuickstartHarness(Harness):
     """MetaWorld as the quickstart records and evaluates it: 64 pixels, two simulator steps to an action, and the pillar
     in its own task."""
+
+    tasks = (TASK,)
 
     def __init__(self, kind: str, settings: Mapping[str, Any], device: str | None = None) -> None:
         os.environ["MUJOCO_GL"] = usable_backend()  # before anything imports MuJoCo
@@ -38,6 +40,7 @@ class QuickstartHarness(Harness):
     def play(
         self, start: Start, runner: "Runner", noise_seed: int, rename_map: Mapping[str, str], *, film: bool
     ) -> Outcome:
+        refuse_action_size(runner.action_size, ACTION_DIM)
         if self._simulator is None or self._simulator.task != start.task:
             self.close()
             pillar = Pillar() if start.task == TASK else None

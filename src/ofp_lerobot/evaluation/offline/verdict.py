@@ -106,7 +106,8 @@ def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
         return []
     noise = _sharpening(result)
     sharpens = result["checkpoint"]["objective"] == "ofp" and noise + 0.2 <= MOST_NOISE
-    raise_it = f", or raise --policy.sharpening_noise={noise:g} (try {noise + 0.2:g}) and train on" if sharpens else ""
+    raised = f"raise --policy.sharpening_noise from {noise:g} to {noise + 0.2:g}"
+    raise_it = f", or {raised} and train on" if sharpens else ""
     if spread["low"] > limit:
         text = (
             f"one step is too spread: its answers vary {spread['value']:.2f} [{spread['low']:.2f}, "
@@ -115,7 +116,8 @@ def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
         )
         return [Verdict("one", "too_spread", text)._asdict()]
     if nearest["low"] > limit:
-        change = f"lower --policy.sharpening_noise={noise:g}" if noise else "train longer, or with more demonstrations"
+        lowered = f"lower --policy.sharpening_noise, which was {noise:g}"
+        change = lowered if noise else "train longer, or with more demonstrations"
         text = (
             f"one step is too sharp: its answers are {nearest['value']:.2f} [{nearest['low']:.2f}, "
             f"{nearest['high']:.2f}] times as far from ten steps' answers as those from one another (healthy to "
