@@ -29,14 +29,16 @@ def plot(path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("success")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def _draw(panel: Axes, rows: list[dict[str, Any]]) -> None:
-    """Single answers without a warm start; the colour says what was trained, dots that half of the noise was taken."""
+    """Answers without a warm start; the colour says what was trained, the mark how it answers."""
+    marks = (("plain", "o-", ""), ("less noise", "D:", ", half of the noise"))
+    densest = (("densest of several", "*", ", densest of eight"),)
     for objective, colour in COLOURS.items():
-        for answering, style, words in (("plain", "o-", ""), ("less noise", "D:", ", half of the noise")):
+        for answering, style, words in (*marks, *(densest if objective == "ofp" else ())):
             fits = ANSWERING[answering]
             curve = [row for row in rows if row["objective"] == objective and fits(row)]
             curve.sort(key=lambda row: row["steps"])
@@ -49,7 +51,7 @@ def _draw(panel: Axes, rows: list[dict[str, Any]]) -> None:
                 fmt=style,
                 color=colour,
                 label=LABELS[objective] + words,
-                markersize=5,
+                markersize=11 if style == "*" else 5,
                 capsize=2,
                 elinewidth=0.8,
             )
