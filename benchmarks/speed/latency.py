@@ -64,6 +64,8 @@ def count_engine(preset: Preset) -> dict[str, Counts]:
                 inputs = Inputs.empty(images, text, chunk, steps, torch.device("cuda"))
                 run = engine._program(weights, padding="right", instantaneous=False)
                 counts[f"ours, engine, {steps}, {text} text tokens"] = count(partial(run, *inputs))
+        inputs = Inputs.empty(images, preset.real_text, torch.Size((8, *chunk[1:])), 1, torch.device("cuda"))
+        counts[f"ours, engine, 1, {preset.real_text} text tokens, 8 draws"] = count(partial(run, *inputs))
     return counts
 
 

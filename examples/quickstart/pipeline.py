@@ -14,6 +14,7 @@ from ofp_lerobot.evaluation.environments.metaworld import description
 from ofp_lerobot.evaluation.pools import process_pool
 from ofp_lerobot.evaluation.stages import is_done, made_by, plain, seconds_taken, stage
 from ofp_lerobot.inference.sampling import Sampling
+from ofp_lerobot.objectives import Settings as Method
 
 from . import evaluation as ev
 from . import report as reports
@@ -111,7 +112,8 @@ class Quickstart:
 
     def _train(self, name: str, flags: dict[str, object], position: int) -> None:
         directory = self._run(name).parent
-        settings = [self.settings.recording, self.settings.training, self._base_flags, flags]
+        # The method's defaults too: no flag names them.
+        settings = [self.settings.recording, self.settings.training, self._base_flags, flags, Method()]
         if is_done(directory, settings):
             return
         with stage(directory, settings), tqdm(desc=f"train {name}", total=flags["steps"], position=position) as bar:

@@ -506,7 +506,15 @@ def test_ratio_interval():
 
 
 def measured(
-    *, few=None, ten=None, error=(1.0, 0.98, 1.05), spread=1.0, constant=1.0, unfollowed=None, nearest=1.0, **checkpoint
+    *,
+    few=None,
+    ten=None,
+    error=(1.0, 0.98, 1.05),
+    spread=1.0,
+    constant=1.0,
+    unfollowed=None,
+    sharpness=None,
+    **checkpoint,
 ):
     good = {"error": 0.3, "spread": 0.3, "std_ratio": 1.0}
     few = {**good, **(few or {})}
@@ -520,7 +528,10 @@ def measured(
         "demonstrations": {"std": 1.0, "constant_error": constant, "unfollowed": unfollowed or {}},
         "per_dimension": {"names": ["j0", "gripper"]},
         "bootstrap": {"unit": "episodes", "count": 12},
-        "sharpness": {"nearest": {"value": nearest, "low": nearest, "high": nearest}},
+        "sharpness": {
+            name: dict(zip(("value", "low", "high"), values, strict=True))
+            for name, values in (sharpness or {"nearest": (1.0, 0.9, 1.1), "covered": (1.0, 0.9, 1.1)}).items()
+        },
         "checkpoint": {"objective": "ofp", "sharpening_noise": 0.0, **checkpoint},
     }
 
@@ -545,18 +556,25 @@ def test_verdict(case, label, text):
     assert two["label"] == label and two["text"] != one["text"]
 
 
+CLOSE = (0.8, 0.7, 0.9)
+
+
 @pytest.mark.parametrize(
-    ("nearest", "changes", "label"),
+    ("nearest", "covered", "changes", "label"),
     [
-        (0.8, {"sharpening_noise": 0.5}, "as_good"),  # narrower around the same ways
-        (1.5, {"sharpening_noise": 0.5}, "collapsed"),  # between the ways
-        (0.8, {"sharpening_noise": 0.0}, "collapsed"),
-        (0.8, {"sharpening_noise": 0.5, "objective": "shortcut"}, "collapsed"),  # it does not sharpen
-        (0.8, {"sharpening_noise": 0.5, "objective": None}, "collapsed"),  # a stock π₀.₅
+        (CLOSE, CLOSE, {"sharpening_noise": 0.5}, "as_good"),  # narrower around the same ways
+        ((1.5, 1.4, 1.6), CLOSE, {"sharpening_noise": 0.5}, "collapsed"),  # between the ways
+        (CLOSE, (1.8, 1.7, 1.9), {"sharpening_noise": 0.5}, "collapsed"),  # a way left out
+        ((1.0, 0.9, 1.15), CLOSE, {"sharpening_noise": 0.5}, "collapsed"),  # not certain
+        (CLOSE, (1.0, 0.9, 1.15), {"sharpening_noise": 0.5}, "collapsed"),
+        (CLOSE, CLOSE, {"sharpening_noise": 0.0}, "collapsed"),
+        (CLOSE, CLOSE, {"sharpening_noise": 0.5, "objective": "shortcut"}, "collapsed"),  # it does not sharpen
+        (CLOSE, CLOSE, {"sharpening_noise": 0.5, "objective": None}, "collapsed"),  # a stock π₀.₅
     ],
 )
-def test_a_sharpened_step_may_be_narrow(nearest, changes, label):
-    one, two = verdict.judge(measured(spread=0.4, nearest=nearest, **changes))
+def test_a_sharpened_step_may_be_narrow(nearest, covered, changes, label):
+    sharpness = {"nearest": nearest, "covered": covered}
+    one, two = verdict.judge(measured(spread=0.4, sharpness=sharpness, **changes))
     assert (one["label"], two["label"]) == (label, "collapsed")  # two steps are not sharpened
     assert ("sharpening_noise=0.5 narrows" in one["text"]) == (label == "as_good")
 
@@ -568,30 +586,31 @@ def test_what_did_not_sharpen_is_not_told_to_sharpen_less():
     assert "train longer" in found["text"] and "sharpening_noise" not in found["text"]
 
 
-def law(rng, shape, *, width=1.0, modes=0.0):
+def law(rng, shape, *, width=1.0, modes=0.0, sides=(-1.0, 1.0)):
     """Chunks (f, k, 3, 2) of width `width` around one of two modes at ± `modes`."""
-    side = modes * rng.choice([-1.0, 1.0], size=(*shape, 1, 1))
+    side = modes * rng.choice(sides, size=(*shape, 1, 1))
     return side + width * rng.normal(size=(*shape, 3, 2))
 
 
 @pytest.mark.parametrize(
-    ("answers", "modes", "spread", "nearest"),
+    ("answers", "modes", "spread", "nearest", "covered"),
     [
-        ({}, 0, (0.95, 1.05), (0.95, 1.05)),  # the demonstrations' own law
-        ({"width": 2.0}, 0, (1.9, 2.1), (1.2, 3)),
-        ({"width": 0.0}, 0, (0, 0.01), (0, 0.95)),  # their mean
-        ({}, 6, (0.95, 1.05), (0.95, 1.05)),
-        ({"width": 0.3}, 6, (0.9, 1.05), (0, 0.95)),  # sharper, in both modes
-        ({"width": 0.3, "modes": 0}, 6, (0, 0.2), (3, 10)),  # between them
+        ({}, 0, (0.95, 1.05), (0.95, 1.05), (0.95, 1.05)),  # the demonstrations' own law
+        ({"width": 2.0}, 0, (1.9, 2.1), (1.2, 3), (1.1, 2)),
+        ({"width": 0.0}, 0, (0, 0.01), (0, 0.95), (1.2, 1.4)),  # their mean, in few dimensions
+        ({}, 6, (0.95, 1.05), (0.95, 1.05), (0.95, 1.05)),
+        ({"width": 0.3}, 6, (0.9, 1.05), (0, 0.95), (0, 0.95)),  # sharper, in both modes
+        ({"width": 0.3, "modes": 0}, 6, (0, 0.2), (3, 10), (3, 10)),  # between them
+        ({"width": 0.3, "sides": (1.0,)}, 6, (0, 0.2), (0, 0.95), (1.5, 6)),  # in one of them
     ],
 )
-def test_sharpness_of_known_laws(answers, modes, spread, nearest):
+def test_sharpness_of_known_laws(answers, modes, spread, nearest, covered):
     rng = np.random.default_rng(0)
     few = law(rng, (1600, 8), **{"modes": modes, **answers})
     ten, target = law(rng, (1600, 8), modes=modes), law(rng, (1600,), modes=modes)
     valid = np.arange(3) < rng.integers(1, 4, size=(1600, 1))
     found = measure.sharpness(few, ten, target, valid, np.arange(1600), seed=0)
-    for name, (low, high) in (("spread", spread), ("nearest", nearest)):
+    for name, (low, high) in (("spread", spread), ("nearest", nearest), ("covered", covered)):
         assert low - 0.05 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= high + 0.05
         assert low <= found[name]["value"] <= high
 

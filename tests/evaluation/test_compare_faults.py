@@ -237,14 +237,15 @@ def test_a_policy_of_another_robot_ends_the_comparison(mismatch, tmp_path, monke
 
 def test_actions_of_another_size_are_refused_before_they_are_executed():
     harness = object.__new__(QuickstartHarness)  # without a simulator
-    with pytest.raises(UserError, match="actions of 5 values and the environment takes 4"):
+    with pytest.raises(ObservationError, match="actions of 5 values and the environment takes 4") as refused:
         harness.play(Start(TASK, "", 1), SimpleNamespace(action_size=5), 0, {}, film=False)
+    assert refused.value.mismatch
     steps = []
     environment = SimpleNamespace(single_action_space=SimpleNamespace(shape=(4,)), step=steps.append)
     world = SimpleNamespace(_finish=lambda action: action[None], _served=False, _env=environment)
-    with pytest.raises(UserError, match="actions of 5 values and the environment takes 4"):
+    with pytest.raises(ObservationError, match="actions of 5 values and the environment takes 4") as refused:
         _Scene(world, {}, "go", {}, film=False).step(np.zeros(5, np.float32))
-    assert not steps
+    assert not steps and refused.value.mismatch
 
 
 # Films

@@ -13,7 +13,7 @@ TASK = "task"  # LeRobot's key of the instruction
 
 
 class ObservationError(ValueError):
-    """An observation the policy cannot act on; the message names what is wrong with it."""
+    """An observation the policy cannot act on, or a robot that it cannot move; the message names what is wrong."""
 
     def __init__(self, message: str, *, mismatch: bool = False) -> None:
         """mismatch: its names or sizes are not the policy's, so no other observation from there will do either."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import UserError
 from ..episodes import Outcome, Start
 
 if TYPE_CHECKING:
@@ -78,11 +77,14 @@ class Harness(ABC):
 
 
 def refuse_action_size(answered: int, taken: int) -> None:
-    """Raises UserError where a policy's actions have another size than the environment's."""
+    """Raises ObservationError, a mismatch, where a policy's actions have another size than the environment's."""
     if answered != taken:
-        raise UserError(
+        from ...inference.observations import ObservationError  # loads LeRobot
+
+        raise ObservationError(
             f"the policy answers with actions of {answered} values and the environment takes {taken}: compare policies "
-            "that were trained for it"
+            "that were trained for it",
+            mismatch=True,
         )
 
 

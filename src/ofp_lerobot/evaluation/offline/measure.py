@@ -266,19 +266,27 @@ def sharpness(
     demonstrations' own law and 0 for their mean; above 1 the answers vary more, whatever their mean.
     nearest: distance to the nearest of ten steps' answers, over the same among these. It is 1 for answers of the same
     law, less for narrower ones around the same ways, more for answers between the ways.
+    covered: distance of ten steps' answers to the nearest of these, over the same. It is 1 for the same law, less for
+    narrower answers around all of the ways, more where a way is left out.
     """
     varies = variance(few, valid)
     around = square_error(few, target, valid) - varies
-    further = log_nearest(few, ten, valid) - log_nearest(ten, ten, valid)
+    among = log_nearest(ten, ten, valid)
+    return {
+        "spread": ratio_interval(varies, around, groups, seed),
+        "nearest": geometric_interval(log_nearest(few, ten, valid) - among, groups, seed),
+        "covered": geometric_interval(log_nearest(ten, few, valid) - among, groups, seed),
+    }
+
+
+def geometric_interval(logarithms: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
+    """Geometric mean over frames, of their logarithms (f,), and its 95 % interval by a bootstrap over their groups."""
     _, group = np.unique(groups, return_inverse=True)
-    sums = np.stack([np.bincount(group, weights=further), np.bincount(group)])
+    sums = np.stack([np.bincount(group, weights=logarithms), np.bincount(group)])
     drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
     means, counts = sums[:, drawn].sum(axis=2)
     low, high = np.exp(np.quantile(means / counts, (0.025, 0.975)))
-    return {
-        "spread": ratio_interval(varies, around, groups, seed),
-        "nearest": {"value": float(np.exp(further.mean())), "low": float(low), "high": float(high)},
-    }
+    return {"value": float(np.exp(logarithms.mean())), "low": float(low), "high": float(high)}
 
 
 def root(squares: np.ndarray) -> float:

@@ -15,7 +15,7 @@ THRESHOLDS = {
     "spread_ratio": list(HEALTHY_STD_RATIO),
     "error_ratio": round(1.2**0.5, 3),
     "telling_spread": 0.05,  # below this share of the demonstrations' deviation a spread says nothing
-    "sharpness": round(1.2**0.5, 3),  # of both ratios of `measure.sharpness`, a fifth in squares here too
+    "sharpness": round(1.2**0.5, 3),  # of the ratios of `measure.sharpness`, a fifth in squares here too
 }
 
 
@@ -146,11 +146,13 @@ def _judge_few(result: dict[str, Any], variant: str, telling: bool) -> Verdict:
         f"(healthy {low} to {high})"
     )
     spreads = f"spread {spread['value']:.2f} of ten steps'"
-    # Sharpening narrows each way of acting on purpose: then answers that surely lie where ten steps' do are no mean.
+    # Sharpening narrows each way of acting on purpose. That is all it did where one step's answers surely lie where ten
+    # steps' do, and leave none of theirs out.
     sharpened = variant == "one" and varied and spread["value"] < thin and _sharpening(result) > 0
-    narrowed = sharpened and result["sharpness"]["nearest"]["high"] <= THRESHOLDS["sharpness"]
+    limit, found = THRESHOLDS["sharpness"], result["sharpness"]
+    narrowed = sharpened and max(found["nearest"]["high"], found["covered"]["high"]) <= limit
     if narrowed:
-        spreads += f", and close to theirs: sharpening_noise={_sharpening(result):g} narrows"
+        spreads += f", in all of their ways: sharpening_noise={_sharpening(result):g} narrows"
     tail = f"{numbers}, {spreads if varied else 'ten steps hardly vary here, so the spread cannot tell'}"
     unfollowed = _unfollowed(result)
     among = f" in {' and '.join(unfollowed)}" if unfollowed else ""
