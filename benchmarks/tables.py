@@ -367,6 +367,12 @@ def training_steps(report: dict[str, Any]) -> list[str]:
     return markdown_table(head, rows)
 
 
+def older(name: str) -> list[str]:
+    """Of runs whose reports were not kept, as the documents had it."""
+    found = result("older")[name]
+    return markdown_table(found["head"], found["rows"])
+
+
 REPORTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     function.__name__: function
     for function in (metaworld, metaworld_bars, quickstart, toy, answers, launches, training_steps)
@@ -410,6 +416,8 @@ def renewed(page: str) -> str:
         kind, _, argument = name.partition(" ")
         if kind == "settings":
             lines = settings(argument, old)
+        elif kind == "older":
+            lines = older(argument)
         else:
             lines = REPORTS[kind](result(argument)) if kind in REPORTS else TABLES[name]()
         return f"{name} -->\n\n" + "\n".join(lines) + "\n\n"
