@@ -67,7 +67,7 @@ def test_foreign_checkpoint(copy):
 
 @pytest.mark.parametrize("source", ["/no/such/checkpoint", "./no/such", "nobody/nothing"])
 def test_no_checkpoint(source):
-    with pytest.raises(FileNotFoundError, match="pretrained_path"):
+    with pytest.raises(FileNotFoundError, match=f"{source} is not a directory on this machine"):
         OFPPolicy.from_pretrained(source, config=small.ofp_config())
 
 
