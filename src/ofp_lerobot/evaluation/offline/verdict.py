@@ -127,6 +127,17 @@ def judge_sharpness(result: dict[str, Any]) -> list[dict[str, str]]:
     return []
 
 
+def _narrowed_by_sharpening(result: dict[str, Any]) -> bool:
+    """Whether one step varies less than ten because training sharpened it, which narrows each way of acting on purpose.
+
+    Then its answers surely lie where ten steps' do, and leave none of theirs out.
+    """
+    if not _sharpening(result):
+        return False
+    found = result["sharpness"]
+    return max(found["nearest"]["high"], found["covered"]["high"]) <= THRESHOLDS["sharpness"]
+
+
 def _judge_few(result: dict[str, Any], variant: str, telling: bool) -> Verdict:
     """The first rule that applies: size of the actions, spread over noises, error.
 
@@ -146,11 +157,7 @@ def _judge_few(result: dict[str, Any], variant: str, telling: bool) -> Verdict:
         f"(healthy {low} to {high})"
     )
     spreads = f"spread {spread['value']:.2f} of ten steps'"
-    # Sharpening narrows each way of acting on purpose. That is all it did where one step's answers surely lie where ten
-    # steps' do, and leave none of theirs out.
-    sharpened = variant == "one" and varied and spread["value"] < thin and _sharpening(result) > 0
-    limit, found = THRESHOLDS["sharpness"], result["sharpness"]
-    narrowed = sharpened and max(found["nearest"]["high"], found["covered"]["high"]) <= limit
+    narrowed = variant == "one" and varied and spread["value"] < thin and _narrowed_by_sharpening(result)
     if narrowed:
         spreads += f", in all of their ways: sharpening_noise={_sharpening(result):g} narrows"
     tail = f"{numbers}, {spreads if varied else 'ten steps hardly vary here, so the spread cannot tell'}"
