@@ -121,7 +121,7 @@ def test_model_card_says_how_the_checkpoint_answers():
         ({"noise_temperature": 0.5}, "sampler `flow_map`), noise times 0.5 |"),
         ({"test_time_samples": 8}, "sampler `flow_map`), of the densest of 8 samples |"),
     ):
-        card = describe(ModelCard("---\ntags: [ofp]\n---\n"), OFPConfig(device="cpu", **settings))
+        card = describe(ModelCard("---\ntags: [ofp]\n---\n"), OFPConfig(device="cpu", **settings), network="π₀.₅")
         assert said in card.text
 
 

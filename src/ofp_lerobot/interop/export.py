@@ -26,7 +26,7 @@ from .directories import find_file, read_json, refuse_existing, whole_directory
 from .fold import fold_length, fold_times
 from .processors import read_processors
 from .proof import Difference, make_probes, our_answers, prove
-from .readme import NETWORKS, OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
+from .readme import OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _refuse_other_sizes(source: str | Path, config: Any) -> None:
     try:
         stock_config(config)
     except UserError as error:
-        model, _ = NETWORKS[OURS[config.type].policy.stock]
+        model = OURS[config.type].policy.network_name
         raise UserError(
             f"ofp-export needs a checkpoint of {model}'s real size, since what it writes is run by stock code for "
             f"{model}. {source} is of another size: {error}"

@@ -5,11 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.families import FAMILIES
 from ..compat import precision
 from .configurations import steps_setting
 from .proof import Difference
-
-NETWORKS = {"pi05": ("π₀.₅", "ofp"), "pi0": ("π₀", "ofp_pi0"), "smolvla": ("SmolVLA", "ofp_smolvla")}
 
 _HEAD = """\
 ---
@@ -164,11 +163,11 @@ def _proof(origin: Origin, found: Sequence[Difference]) -> str:
 
 
 def _plural(origin: Origin) -> dict[str, Any]:
-    network, ours = NETWORKS[origin.kind]
+    policy = FAMILIES[origin.kind].policy
     return {
         "steps": origin.steps,
         "s": "" if origin.steps == 1 else "s",
         "kind": origin.kind,
-        "network": network,
-        "ours": ours,
+        "network": policy.network_name,
+        "ours": policy.name,
     }

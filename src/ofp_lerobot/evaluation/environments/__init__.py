@@ -68,7 +68,8 @@ class Harness(ABC):
     ) -> Outcome:
         """One episode. Raises whatever goes wrong; nothing that goes wrong is a failure of the policy.
 
-        Raises UserError for what would go wrong in every episode, such as a policy of another robot.
+        Raises what would go wrong in every episode as UserError, or as ObservationError with `mismatch` where the
+        policy is of another robot.
         """
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """The `ofp` policy for LeRobot: one-step π₀.₅, with its inference engine."""
 
 import logging
+from functools import partial
 from typing import Any, Self
 
 from lerobot.utils.constants import OBS_STATE
@@ -26,6 +27,7 @@ class OFPPolicy(PaliGemmaPolicy):
     config_class = OFPConfig
     name = "ofp"
     stock = "pi05"
+    network_name = "π₀.₅"
     binned = (OBS_STATE,)
     small_layers = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")
 
@@ -78,4 +80,4 @@ class OFPPolicy(PaliGemmaPolicy):
         return super()._sample(observation, x, start)
 
 
-extend_model_cards(OFPPolicy, OFPConfig, describe)
+extend_model_cards(OFPPolicy, OFPConfig, partial(describe, network=OFPPolicy.network_name))

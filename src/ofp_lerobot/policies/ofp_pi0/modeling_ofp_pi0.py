@@ -1,5 +1,6 @@
 """The `ofp_pi0` policy for LeRobot: one-step π₀."""
 
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class OFPPi0Policy(PaliGemmaPolicy):
     config_class = OFPPi0Config
     name = "ofp_pi0"
     stock = "pi0"
+    network_name = "π₀"
     old_names = MappingProxyType({f"time_mlp_{part}.": f"action_time_mlp_{part}." for part in ("in", "out")})
     small_layers = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
 
@@ -36,4 +38,4 @@ class OFPPi0Policy(PaliGemmaPolicy):
         return *super()._prepare(observation), self._prepare_state(observation)
 
 
-extend_model_cards(OFPPi0Policy, OFPPi0Config, describe)
+extend_model_cards(OFPPi0Policy, OFPPi0Config, partial(describe, network=OFPPi0Policy.network_name))

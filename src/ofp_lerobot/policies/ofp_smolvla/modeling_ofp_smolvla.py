@@ -1,6 +1,7 @@
 """The `ofp_smolvla` policy for LeRobot: one-step SmolVLA."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class OFPSmolVLAPolicy(VLAPolicy):
     config_class = OFPSmolVLAConfig
     name = "ofp_smolvla"
     stock = "smolvla"
+    network_name = "SmolVLA"
     encoder = ("vlm_with_expert.vlm.", "state_proj.")
     trained_with = (
         "chunk_size",
@@ -88,4 +90,4 @@ def prepare_images(images: Sequence[Tensor], size: tuple[int, int] | None) -> Te
     return torch.stack(floats, dim=1) * 2.0 - 1.0
 
 
-extend_model_cards(OFPSmolVLAPolicy, OFPSmolVLAConfig, describe)
+extend_model_cards(OFPSmolVLAPolicy, OFPSmolVLAConfig, partial(describe, network=OFPSmolVLAPolicy.network_name))

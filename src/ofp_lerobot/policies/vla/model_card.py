@@ -29,7 +29,6 @@ lerobot-eval --policy.path={repo} --env.type=<env> --eval.n_episodes=50 \\
 """
 
 
-_NETWORKS = {"ofp": "π₀.₅", "ofp_pi0": "π₀", "ofp_smolvla": "SmolVLA"}  # of each policy type
 _METHOD = {
     "flow_matching": "Trained with plain flow matching, as {network} is, in the code of `lerobot_policy_ofp`.",
     "ofp": "Trained with the [One-Step Flow Policy](https://arxiv.org/abs/2603.12480) method: the action expert\n"
@@ -37,11 +36,10 @@ _METHOD = {
 }
 
 
-def describe(card: ModelCard, config: Any) -> ModelCard:
-    """Adds base model, evaluations per chunk, versions and commands to LeRobot's card."""
+def describe(card: ModelCard, config: Any, network: str) -> ModelCard:
+    """Adds base model, evaluations per chunk, versions and commands to LeRobot's card. network: its name."""
     if config.base_model:
         card.data["base_model"] = config.base_model
-    network = _NETWORKS[config.type]
     method = _METHOD.get(config.objective, f"Trained with the objective `{config.objective}`.")
     section = _SECTION.format(
         network=network,

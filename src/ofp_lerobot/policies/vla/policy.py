@@ -67,6 +67,8 @@ class VLAPolicy(FlowMapPolicy):
 
     stock: ClassVar[str]
     """LeRobot's policy type that this one is until it is trained."""
+    network_name: ClassVar[str]
+    """The network as its authors write it, for documents."""
     trained_with: ClassVar[tuple[str, ...]]
     """Settings that a checkpoint was trained with; another value runs, but is rarely meant."""
     fitting: ClassVar[str]
