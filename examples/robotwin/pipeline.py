@@ -1,4 +1,4 @@
-"""The stages of a task, and the tasks side by side."""
+"""The stages of the tasks; two pieces of work run at once."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,21 +44,23 @@ class Settings:
     episodes: int = 50
     image_size: int = 96
     training: Training = field(
-        default_factory=lambda: Training(network="gemma_small", chunk_size=16, executed=16, base_steps=3000, steps=2000)
+        default_factory=lambda: Training(chunk_size=16, executed=16, base_steps=3000, steps=1200)
     )
 
 
 def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> None:
-    """Every stage up to `until` for every task, two tasks at once. Raises UserError."""
+    """Every stage up to `until` for every task. Raises UserError."""
     root = os.environ.get("ROBOTWIN_ROOT")
     if not root:
         raise UserError("set ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed, ROBOTWIN_VULKAN: docs/robotwin-cpu.md")
     require(Path(root))
-    jobs = [Job(task, settings, output / task, position) for position, task in enumerate(tasks)]
+    alone = len(tasks) == 1
+    jobs = [Job(task, settings, output / task, position, alone) for position, task in enumerate(tasks)]
     names = list(STAGES)
     for name in names[: names.index(until) + 1]:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(STAGES[name], jobs))
+        for together in STAGES[name]:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda work: work(), [partial(each, job) for job in jobs for each in together]))
     for job in jobs:
         for stamp in sorted(job.output.rglob(STAMP)):
             print(f"{job.task}, {stamp.parent.relative_to(job.output)}: {seconds_taken(stamp.parent) / 60:.1f} minutes")
@@ -67,12 +70,13 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
 
 @dataclass(frozen=True)
 class Job:
-    """One task. position: of its progress bar."""
+    """One task. position: of its progress bar. alone: whether no other task runs beside it."""
 
     task: str
     settings: Settings
     output: Path
     position: int
+    alone: bool
 
     @property
     def recordings(self) -> Path:
@@ -101,8 +105,9 @@ class Job:
         digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
         return self.output / "compare" / digest.hexdigest()[:8]
 
-    def bar(self, what: str, total: int) -> tqdm:
-        return tqdm(desc=f"{what} {self.task}", total=total, position=self.position)
+    def bar(self, what: str, total: int, beside: int = 0) -> tqdm:
+        """beside: of which other bar of the same task it stands below."""
+        return tqdm(desc=f"{what} {self.task}", total=total, position=self.position + beside)
 
 
 def collect(job: Job) -> None:
@@ -129,23 +134,28 @@ def convert_recordings(job: Job) -> None:
             convert([job.recordings], job.dataset, repo_id=REPO_ID, count=job.settings.demonstrations)
 
 
-def train(job: Job) -> None:
-    """Flow matching from scratch; from its checkpoint two branches of equal length."""
+def train_base(job: Job) -> None:
+    """Flow matching from scratch."""
     settings = job.settings.training
     lines = (job.dataset / "meta" / INSTRUCTIONS).read_text().splitlines()
     texts = [text for line in map(json.loads, lines) for kind in ("seen", "unseen") for text in line[kind]]
     tokenizer = job.output / "train" / "tokenizer"
     flags = base_flags(settings, pi05(settings, tokenizer, texts, job.settings.image_size))
     flags |= {"policy.max_action_dim": 16, "policy.max_state_dim": 16, "policy.tokenizer_max_length": PROMPT_LENGTH}
-    _train(job, "base", flags, flags)
-    for objective in (OFP, FLOW_MATCHING):
-        _train(job, objective, branch_flags(settings, objective, checkpoint(job.run_of("base"))), flags)
+    _train(job, job.run_of("base"), [*job.made_of, settings, flags], flags)
 
 
-def _train(job: Job, name: str, flags: dict[str, object], of_base: dict[str, object]) -> None:
-    run, chosen = job.run_of(name), [*job.made_of, job.settings.training, of_base, flags]
+def train_branch(objective: str, job: Job) -> None:
+    """`objective` from the checkpoint of the base, of the same length as the other one."""
+    base, flags = job.run_of("base"), branch_flags(job.settings.training, objective, checkpoint(job.run_of("base")))
+    _train(job, job.run_of(objective), [(base.parent / STAMP).read_text(), flags], flags)
+
+
+def _train(job: Job, run: Path, chosen: object, flags: dict[str, object]) -> None:
     if not is_done(run.parent, chosen):
-        with stage(run.parent, chosen), job.bar(name, int(str(flags["steps"]))) as bar:
+        name = run.parent.name
+        bar = job.bar(name, int(str(flags["steps"])), beside=2 * (name == FLOW_MATCHING))
+        with stage(run.parent, chosen), bar:
             lerobot_train(flags, job.dataset, run, run.parent / "log.txt", bar)
 
 
@@ -154,7 +164,7 @@ def compare(job: Job) -> None:
     output, episodes = job.comparison, job.settings.episodes
     command = [str(Path(sys.executable).with_name("ofp-compare")), "--env=robotwin", "--robotwin-cpu"]
     command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={BASELINE}", f"--output={output}"]
-    command += ["--instruction-type=seen", "--devices=cpu", "--videos=2"]
+    command += ["--instruction-type=seen", "--devices=cpu", "--videos=2", f"--workers={2 if job.alone else 1}"]
     for name, objective, sampling in ROWS:
         command += ["--policy", f"name={name},path={checkpoint(job.run_of(objective))},{sampling}"]
 
@@ -165,12 +175,13 @@ def compare(job: Job) -> None:
     _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(ROWS)))
 
 
-STAGES: dict[str, Callable[[Job], None]] = {
-    "collect": collect,
-    "convert": convert_recordings,
-    "train": train,
-    "compare": compare,
+STAGES: dict[str, tuple[tuple[Callable[[Job], None], ...], ...]] = {
+    "collect": ((collect,),),
+    "convert": ((convert_recordings,),),
+    "train": ((train_base,), (partial(train_branch, OFP), partial(train_branch, FLOW_MATCHING))),
+    "compare": ((compare,),),
 }
+"""Of each stage what is done one after another; the members of each may run side by side."""
 
 
 def _watch(command: Sequence[str], log: Path, done: Callable[[], int], bar: tqdm) -> None:

@@ -22,7 +22,7 @@ def collect(job):
     command = [sys.executable, "-c", f"import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
     pipeline._watch(command, job.output / "collect.txt", lambda: 0, job.bar("collect", 1))
 pipeline.require = lambda root: None
-pipeline.STAGES["collect"] = collect
+pipeline.STAGES["collect"] = ((collect,),)
 sys.exit(__main__.main())
 """
 
@@ -60,7 +60,7 @@ def commands(monkeypatch, tmp_path):
 
 
 def job(tmp_path, settings):
-    made = Job("stack", settings, tmp_path / "out", 0)
+    made = Job("stack", settings, tmp_path / "out", 0, alone=True)
     (made.dataset / "meta").mkdir(parents=True, exist_ok=True)
     (made.dataset / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
     for file in made.files:
@@ -71,12 +71,18 @@ def job(tmp_path, settings):
     return made
 
 
+def train(made):
+    for together in pipeline.STAGES["train"]:
+        for each in together:
+            each(made)
+
+
 def test_another_training_is_another_comparison(tmp_path, commands):
     """`ofp-compare` refuses a directory whose policies were others."""
     settings = Settings()
     longer = replace(settings, training=replace(settings.training, steps=3000))
     for each in (settings, settings, longer):
-        pipeline.train(job(tmp_path, each))
+        train(job(tmp_path, each))
         pipeline.compare(job(tmp_path, each))
     first, again, other = ([x for x in command if x.startswith("--output=")] for command in commands)
     assert first == again != other
@@ -110,6 +116,6 @@ def test_recordings_made_anew_are_converted_and_trained_on_anew(tmp_path, comman
         if content:
             made.files[1].write_bytes(content)
         pipeline.convert_recordings(made)
-        pipeline.train(made)
+        train(made)
         comparisons.append(made.comparison)
     assert len(converted) == 2 and comparisons[0] == comparisons[1] != comparisons[2]
