@@ -185,9 +185,10 @@ STAGES: dict[str, tuple[tuple[Callable[[Job], None], ...], ...]] = {
 
 
 def _watch(command: Sequence[str], log: Path, done: Callable[[], int], bar: tqdm) -> None:
-    """Runs a command, its output in `log`, its progress told by `done`. Raises UserError where it fails."""
+    """Runs a command, its output at the end of `log`, its progress told by `done`. Raises UserError where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file, bar:
+    with log.open("a") as file, bar:  # another run may be writing there, by which this one may be refused
+        begin = file.tell()
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while True:
             bar.update(done() - bar.n)
@@ -198,4 +199,12 @@ def _watch(command: Sequence[str], log: Path, done: Callable[[], int], bar: tqdm
                 continue
         bar.update(done() - bar.n)
     if code:
-        raise UserError(f"{' '.join(command[:4])} failed with exit code {code}: {log.read_text()[-1500:]}")
+        raise UserError(f"{' '.join(command[:4])} failed with exit code {code}: {_end_of(log, begin)}")
+
+
+def _end_of(log: Path, begin: int) -> str:
+    """The last lines, of progress the last state alone."""
+    with log.open(errors="replace", newline="") as file:
+        file.seek(begin)
+        lines = [line.rpartition("\r")[2] for line in file.read().replace("\r\n", "\n").split("\n")]
+    return "\n".join(line for line in lines if line.strip())[-1500:]
