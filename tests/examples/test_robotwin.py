@@ -125,6 +125,6 @@ def test_a_command_that_fails_is_heard(tmp_path):
     log = tmp_path / "collect.txt"
     log.write_text("of a run before, which may be writing still\n")
     says = r"import sys; print('1 of 50\r2 of 50\nit was refused\n'); sys.exit(3)"
-    with pytest.raises(UserError, match=r"failed with exit code 3: 2 of 50\nit was refused$"):
+    with pytest.raises(UserError, match=r"failed with exit code 3: 2 of 50 it was refused$"):
         pipeline._watch([sys.executable, "-c", says], log, lambda: 0, pipeline.tqdm(disable=True, total=1))
     assert log.read_text().startswith("of a run before")
