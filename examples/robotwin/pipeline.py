@@ -54,8 +54,8 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
     if not root:
         raise UserError("set ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed, ROBOTWIN_VULKAN: docs/robotwin-cpu.md")
     require(Path(root))
-    alone = len(tasks) == 1
-    jobs = [Job(task, settings, output / task, position, alone) for position, task in enumerate(tasks)]
+    workers = 2 if len(tasks) == 1 else 1
+    jobs = [Job(task, settings, output / task, position, workers) for position, task in enumerate(tasks)]
     names = list(STAGES)
     for name in names[: names.index(until) + 1]:
         for together in STAGES[name]:
@@ -70,13 +70,13 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
 
 @dataclass(frozen=True)
 class Job:
-    """One task. position: of its progress bar. alone: whether no other task runs beside it."""
+    """One task. position: of its progress bar. workers: processes of one stage."""
 
     task: str
     settings: Settings
     output: Path
     position: int
-    alone: bool
+    workers: int
 
     @property
     def recordings(self) -> Path:
@@ -131,7 +131,8 @@ def convert_recordings(job: Job) -> None:
     directory = job.dataset.parent
     if not is_done(directory, job.made_of):
         with stage(directory, job.made_of):
-            convert([job.recordings], job.dataset, repo_id=REPO_ID, count=job.settings.demonstrations)
+            sizes = {"count": job.settings.demonstrations, "workers": job.workers}
+            convert([job.recordings], job.dataset, repo_id=REPO_ID, **sizes)
 
 
 def train_base(job: Job) -> None:
@@ -164,7 +165,7 @@ def compare(job: Job) -> None:
     output, episodes = job.comparison, job.settings.episodes
     command = [str(Path(sys.executable).with_name("ofp-compare")), "--env=robotwin", "--robotwin-cpu"]
     command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={BASELINE}", f"--output={output}"]
-    command += ["--instruction-type=seen", "--devices=cpu", "--videos=2", f"--workers={2 if job.alone else 1}"]
+    command += ["--instruction-type=seen", "--devices=cpu", "--videos=2", f"--workers={job.workers}"]
     for name, objective, sampling in ROWS:
         command += ["--policy", f"name={name},path={checkpoint(job.run_of(objective))},{sampling}"]
 

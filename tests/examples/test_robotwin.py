@@ -60,7 +60,7 @@ def commands(monkeypatch, tmp_path):
 
 
 def job(tmp_path, settings):
-    made = Job("stack", settings, tmp_path / "out", 0, alone=True)
+    made = Job("stack", settings, tmp_path / "out", 0, workers=2)
     (made.dataset / "meta").mkdir(parents=True, exist_ok=True)
     (made.dataset / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
     for file in made.files:
