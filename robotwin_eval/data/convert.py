@@ -262,7 +262,8 @@ def _convert_shard(shard: _Shard) -> int:
                 raise UserError(f"{file}, step {t}: pictures of shape {wrong.pop()}, the first ones' is {shard.shape}")
             dataset.add_frame({**frame, "observation.state": state, "action": action, "task": task})
         assert dataset is not None
-        dataset.save_episode()
+        # A worker may have no children, and each of LeRobot's encoders would import everything anew.
+        dataset.save_episode(parallel_encoding=multiprocessing.parent_process() is None)
         converted.append({"source": str(file), "task": task, "rate": rate, **recording.instructions})
     assert dataset is not None
     dataset.finalize()

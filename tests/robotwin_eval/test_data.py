@@ -249,12 +249,13 @@ def current_episode(source, episode):
     (source / f"instruction/episode_{episode:07d}.json").write_text(json.dumps(kinds))
 
 
-@pytest.mark.parametrize("write", [classic_episode, current_episode])
-def test_recordings_become_a_dataset(tmp_path, write):
+@pytest.mark.parametrize(("write", "workers"), [(classic_episode, 1), (current_episode, 2)])
+def test_recordings_become_a_dataset(tmp_path, monkeypatch, write, workers):
+    monkeypatch.setattr(converting, "SHARD", 2)
     source = tmp_path / "data/adjust_bottle/demo_clean"
     for episode in range(3):
         write(source, episode)
-    assert converting.convert([source], tmp_path / "out", repo_id="local/x") == 3 * (STEPS - 1)
+    assert converting.convert([source], tmp_path / "out", repo_id="local/x", workers=workers) == 3 * (STEPS - 1)
     dataset = LeRobotDataset("local/x", root=tmp_path / "out")
     assert dataset.fps == 17  # 250 / 15 = 16.7, the nearest that LeRobot can store
     item = dataset[2 * (STEPS - 1) + 3]  # episode 2, step 3
