@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,18 +60,26 @@ def _end(number: int, _: object) -> None:
     Each ends its own. A stage that runs here, in a thread, is left where it is: the same command does it again.
     """
     told, patience = set(), time.monotonic() + 30
-    while children := psutil.Process().children():
+    while children := _living():
         for child in children:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 if time.monotonic() > patience:
                     child.kill()
                 elif child not in told:
                     child.terminate()
-            except psutil.NoSuchProcess:
-                pass
             told.add(child)
         time.sleep(0.1)  # their threads wait for them
     os._exit(128 + number)
+
+
+def _living() -> list[psutil.Process]:
+    """The processes that this one started, without those that have ended and are waited for by nobody."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 if __name__ == "__main__":

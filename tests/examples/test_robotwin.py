@@ -15,10 +15,12 @@ from examples.robotwin.pipeline import INSTRUCTIONS, Job, Settings
 from ofp_lerobot.errors import UserError
 
 MAIN = """
-import sys
+import subprocess, sys
 from pathlib import Path
 from examples.robotwin import __main__, pipeline
+unheeded = []  # as multiprocessing's resource tracker: it ends, and nobody waits for it
 def collect(job):
+    unheeded.append(subprocess.Popen(["true"]))
     command = [sys.executable, "-c", f"import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
     pipeline._watch(command, job.output / "collect.txt", lambda: 0, job.bar("collect", 1))
 pipeline.require = lambda root: None
