@@ -59,6 +59,11 @@ def _end(number: int, _: object) -> None:
 
     Each ends its own. A stage that runs here, in a thread, is left where it is: the same command does it again.
     """
+    from .pipeline import ENDING
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # a second one would begin anew
+    ENDING.set()
     told, patience = set(), time.monotonic() + 30
     while children := _living():
         for child in children:
@@ -68,12 +73,12 @@ def _end(number: int, _: object) -> None:
                 elif child not in told:
                     child.terminate()
             told.add(child)
-        time.sleep(0.1)  # their threads wait for them
+        time.sleep(0.1)
     os._exit(128 + number)
 
 
 def _living() -> list[psutil.Process]:
-    """The processes that this one started, without those that have ended and are waited for by nobody."""
+    """The processes that this one started and that still run."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):

@@ -1,12 +1,15 @@
-"""The stages of the tasks; two pieces of work run at once."""
+"""The stages of the tasks, at most two jobs at once."""
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +20,10 @@ from examples.quickstart.demonstrations import REPO_ID
 from examples.quickstart.training import Training, base_flags, branch_flags, checkpoint, lerobot_train, pi05
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.stages import STAMP, is_done, seconds_taken, stage
+from ofp_lerobot.objectives.settings import Settings as Method
 from robotwin_eval.adapters.cpu.recordings import settle
 from robotwin_eval.cpu.checkout import CONFIG, require
-from robotwin_eval.data.convert import INSTRUCTIONS, convert
+from robotwin_eval.data.convert import INSTRUCTIONS, SHARD
 
 OFP, FLOW_MATCHING = "ofp", "flow_matching"
 # name, whose checkpoint, further settings of ofp-compare's --policy
@@ -54,13 +58,15 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
     if not root:
         raise UserError("set ROBOTWIN_ROOT, ROBOTWIN_PYTHON and, where needed, ROBOTWIN_VULKAN: docs/robotwin-cpu.md")
     require(Path(root))
+    if not all(tasks) or len(set(tasks)) < len(tasks):
+        raise UserError(f"--tasks {','.join(tasks)}: name each task once")
     workers = 2 if len(tasks) == 1 else 1
-    jobs = [Job(task, settings, output / task, position, workers) for position, task in enumerate(tasks)]
-    names = list(STAGES)
-    for name in names[: names.index(until) + 1]:
-        for together in STAGES[name]:
+    jobs = [Job(task, settings, output / task, workers) for task in tasks]
+    last = max(i for i, (name, _) in enumerate(STAGES) if name == until)
+    with _alone(output):
+        for _, together in STAGES[: last + 1]:
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(lambda work: work(), [partial(each, job) for job in jobs for each in together]))
+                list(pool.map(_unless_ending, [partial(each, job) for job in jobs for each in together]))
     for job in jobs:
         for stamp in sorted(job.output.rglob(STAMP)):
             print(f"{job.task}, {stamp.parent.relative_to(job.output)}: {seconds_taken(stamp.parent) / 60:.1f} minutes")
@@ -68,14 +74,33 @@ def run(tasks: Sequence[str], settings: Settings, output: Path, until: str) -> N
             print((job.comparison / "report.md").read_text())
 
 
+ENDING = threading.Event()  # nothing new is begun once it is set
+
+
+def _unless_ending(work: Callable[[], None]) -> None:
+    if not ENDING.is_set():
+        work()
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Raises UserError where another run works in `output`: either would empty the other's stages."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run works in {output}: wait for it, or choose another --output") from error
+        yield
+
+
 @dataclass(frozen=True)
 class Job:
-    """One task. position: of its progress bar. workers: processes of one stage."""
+    """One task. workers: processes that convert and compare."""
 
     task: str
     settings: Settings
     output: Path
-    position: int
     workers: int
 
     @property
@@ -93,7 +118,8 @@ class Job:
     @property
     def made_of(self) -> list[object]:
         """What tells these recordings from others; they are there."""
-        stats = [file.stat() for file in self.files]
+        texts = [self.recordings / f"instructions/{file.stem}.json" for file in self.files]
+        stats = [file.stat() for file in (*self.files, *texts)]
         return [self.task, self.settings.variation, [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
 
     def run_of(self, name: str) -> Path:
@@ -105,9 +131,8 @@ class Job:
         digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
         return self.output / "compare" / digest.hexdigest()[:8]
 
-    def bar(self, what: str, total: int, beside: int = 0) -> tqdm:
-        """beside: of which other bar of the same task it stands below."""
-        return tqdm(desc=f"{what} {self.task}", total=total, position=self.position + beside)
+    def bar(self, what: str, total: int) -> tqdm:
+        return tqdm(desc=f"{what} {self.task}", total=total)
 
 
 def collect(job: Job) -> None:
@@ -128,11 +153,17 @@ def collect(job: Job) -> None:
 
 
 def convert_recordings(job: Job) -> None:
-    directory = job.dataset.parent
+    directory, wanted = job.dataset.parent, job.settings.demonstrations
+
+    def done() -> int:
+        shards = directory.glob(f"{job.dataset.name}.shards/{'[0-9]' * 5}")
+        return wanted if job.dataset.is_dir() else min(wanted, SHARD * sum(1 for _ in shards))
+
     if not is_done(directory, job.made_of):
+        flags = [f"--output={job.dataset}", f"--repo-id={REPO_ID}", f"--episodes={wanted}", f"--workers={job.workers}"]
+        command = [sys.executable, "-m", "robotwin_eval.data", "convert", str(job.recordings), *flags]
         with stage(directory, job.made_of):
-            sizes = {"count": job.settings.demonstrations, "workers": job.workers}
-            convert([job.recordings], job.dataset, repo_id=REPO_ID, **sizes)
+            _watch(command, job.output / "convert.txt", done, job.bar("convert", wanted))
 
 
 def train_base(job: Job) -> None:
@@ -140,23 +171,23 @@ def train_base(job: Job) -> None:
     settings = job.settings.training
     lines = (job.dataset / "meta" / INSTRUCTIONS).read_text().splitlines()
     texts = [text for line in map(json.loads, lines) for kind in ("seen", "unseen") for text in line[kind]]
-    tokenizer = job.output / "train" / "tokenizer"
-    flags = base_flags(settings, pi05(settings, tokenizer, texts, job.settings.image_size))
+    flags = base_flags(settings, pi05(settings, job.output / "train" / "tokenizer", texts, job.settings.image_size))
     flags |= {"policy.max_action_dim": 16, "policy.max_state_dim": 16, "policy.tokenizer_max_length": PROMPT_LENGTH}
-    _train(job, job.run_of("base"), [*job.made_of, settings, flags], flags)
+    _train(job, job.run_of("base"), job.dataset.parent, flags)
 
 
 def train_branch(objective: str, job: Job) -> None:
     """`objective` from the checkpoint of the base, of the same length as the other one."""
-    base, flags = job.run_of("base"), branch_flags(job.settings.training, objective, checkpoint(job.run_of("base")))
-    _train(job, job.run_of(objective), [(base.parent / STAMP).read_text(), flags], flags)
+    base = job.run_of("base")
+    _train(job, job.run_of(objective), base.parent, branch_flags(job.settings.training, objective, checkpoint(base)))
 
 
-def _train(job: Job, run: Path, chosen: object, flags: dict[str, object]) -> None:
+def _train(job: Job, run: Path, after: Path, flags: dict[str, object]) -> None:
+    """after: directory of the stage that this one builds on."""
+    # The method's defaults too: no flag names them.
+    chosen = [(after / STAMP).read_text(), flags, Method()]
     if not is_done(run.parent, chosen):
-        name = run.parent.name
-        bar = job.bar(name, int(str(flags["steps"])), beside=2 * (name == FLOW_MATCHING))
-        with stage(run.parent, chosen), bar:
+        with stage(run.parent, chosen), job.bar(run.parent.name, int(str(flags["steps"]))) as bar:
             lerobot_train(flags, job.dataset, run, run.parent / "log.txt", bar)
 
 
@@ -176,20 +207,20 @@ def compare(job: Job) -> None:
     _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(ROWS)))
 
 
-STAGES: dict[str, tuple[tuple[Callable[[Job], None], ...], ...]] = {
-    "collect": ((collect,),),
-    "convert": ((convert_recordings,),),
-    "train": ((train_base,), (partial(train_branch, OFP), partial(train_branch, FLOW_MATCHING))),
-    "compare": ((compare,),),
-}
-"""Of each stage what is done one after another; the members of each may run side by side."""
+STAGES: tuple[tuple[str, tuple[Callable[[Job], None], ...]], ...] = (
+    ("collect", (collect,)),
+    ("convert", (convert_recordings,)),
+    ("train", (train_base,)),
+    ("train", (partial(train_branch, OFP), partial(train_branch, FLOW_MATCHING))),
+    ("compare", (compare,)),
+)
+"""In order, each for all tasks before the next. What stands together may run at once."""
 
 
 def _watch(command: Sequence[str], log: Path, done: Callable[[], int], bar: tqdm) -> None:
-    """Runs a command, its output at the end of `log`, its progress told by `done`. Raises UserError where it fails."""
+    """Runs a command, its output in `log`, its progress told by `done`. Raises UserError where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file, bar:  # another run may be writing there, by which this one may be refused
-        begin = file.tell()
+    with log.open("w") as file, bar:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while True:
             bar.update(done() - bar.n)
@@ -200,12 +231,4 @@ def _watch(command: Sequence[str], log: Path, done: Callable[[], int], bar: tqdm
                 continue
         bar.update(done() - bar.n)
     if code:
-        raise UserError(f"{' '.join(command[:4])} failed with exit code {code}: {_end_of(log, begin)}")
-
-
-def _end_of(log: Path, begin: int) -> str:
-    """The last lines, of progress the last state alone."""
-    with log.open(errors="replace", newline="") as file:
-        file.seek(begin)
-        lines = [line.rpartition("\r")[2] for line in file.read().replace("\r\n", "\n").split("\n")]
-    return "\n".join(line for line in lines if line.strip())[-1500:]
+        raise UserError(f"{' '.join(command[:4])} failed with exit code {code}: {log.read_text()[-1500:]}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ofp_lerobot.arguments import at_least
 from ofp_lerobot.errors import UserError
+from ofp_lerobot.signals import ended_by_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_convert(commands.add_parser("convert", help="RoboTwin's own HDF5 files to a LeRobotDataset"))
     args = parser.parse_args(argv)
     try:
-        {"prepare": _prepare, "convert": _convert}[args.command](args)
+        with ended_by_sigterm():  # so that the workers end too
+            {"prepare": _prepare, "convert": _convert}[args.command](args)
     except UserError as error:
         print(f"robotwin_eval.data {args.command}: {error}", file=sys.stderr)
         return 2

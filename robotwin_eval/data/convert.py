@@ -262,8 +262,8 @@ def _convert_shard(shard: _Shard) -> int:
                 raise UserError(f"{file}, step {t}: pictures of shape {wrong.pop()}, the first ones' is {shard.shape}")
             dataset.add_frame({**frame, "observation.state": state, "action": action, "task": task})
         assert dataset is not None
-        # A worker may have no children, and each of LeRobot's encoders would import everything anew.
-        dataset.save_episode(parallel_encoding=multiprocessing.parent_process() is None)
+        # A worker of a Pool may have no children, as LeRobot's encoders are.
+        dataset.save_episode(parallel_encoding=not multiprocessing.current_process().daemon)
         converted.append({"source": str(file), "task": task, "rate": rate, **recording.instructions})
     assert dataset is not None
     dataset.finalize()

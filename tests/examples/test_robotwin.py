@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,21 +20,22 @@ MAIN = """
 import subprocess, sys
 from pathlib import Path
 from examples.robotwin import __main__, pipeline
-unheeded = []  # as multiprocessing's resource tracker: it ends, and nobody waits for it
+unheeded = []  # it ends, and nobody waits for it
 def collect(job):
     unheeded.append(subprocess.Popen(["true"]))
     command = [sys.executable, "-c", f"import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
     pipeline._watch(command, job.output / "collect.txt", lambda: 0, job.bar("collect", 1))
 pipeline.require = lambda root: None
-pipeline.STAGES["collect"] = ((collect,),)
+pipeline.STAGES = (("collect", (collect,)),)
 sys.exit(__main__.main())
 """
 
 
-def test_what_it_started_ends_with_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_it_started_ends_with_it(tmp_path, number):
     """Two tasks at once, a third one that waits for its turn."""
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "--tasks=a,b,c", f"--output={tmp_path}"],
+        [sys.executable, "-c", MAIN, "--tasks=a,b,c", f"--output={tmp_path}", "--until=collect"],
         env={**os.environ, "ROBOTWIN_ROOT": str(tmp_path)},
         stderr=subprocess.DEVNULL,
     )
@@ -40,43 +43,61 @@ def test_what_it_started_ends_with_it(tmp_path):
     def begun():
         return [int(log.read_text()) for log in tmp_path.glob("*/collect.txt") if log.read_text().strip()]
 
-    while len(begun()) < 2 and process.poll() is None:
-        time.sleep(0.1)
-    process.terminate()
-    assert process.wait(60) == 143
-    assert len(begun()) >= 2 and not any(map(psutil.pid_exists, begun()))
+    try:
+        while len(begun()) < 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(25) == 128 + number  # before it would kill
+        assert len(begun()) == 2 and not any(map(psutil.pid_exists, begun()))
+    finally:
+        process.kill()
+        for each in filter(psutil.pid_exists, begun()):
+            os.kill(each, signal.SIGKILL)
 
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """The commands that would have run."""
+    """The commands that would have run; a conversion leaves what training looks for."""
     monkeypatch.setenv("ROBOTWIN_ROOT", str(tmp_path / "RoboTwin"))
     found = []
 
     def lerobot_train(flags, dataset, run, log, bar):
         pipeline.checkpoint(run).mkdir(parents=True)
 
+    def watch(command, *_):
+        found.append(command)
+        if "convert" in command:
+            meta = Path(value_of(command, "--output")) / "meta"
+            meta.mkdir(parents=True)
+            (meta / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
+
     monkeypatch.setattr(pipeline, "lerobot_train", lerobot_train)
-    monkeypatch.setattr(pipeline, "_watch", lambda command, *_: found.append(command))
+    monkeypatch.setattr(pipeline, "_watch", watch)
     return found
 
 
+def value_of(command, flag):
+    return next(part.partition("=")[2] for part in command if part.startswith(f"{flag}="))
+
+
 def job(tmp_path, settings):
-    made = Job("stack", settings, tmp_path / "out", 0, workers=2)
-    (made.dataset / "meta").mkdir(parents=True, exist_ok=True)
-    (made.dataset / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
+    """With recordings."""
+    made = Job("stack", settings, tmp_path / "out", workers=2)
     for file in made.files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_file():
-            file.write_bytes(b"HDF5")
+        text = made.recordings / f"instructions/{file.stem}.json"
+        for each in (file, text):
+            each.parent.mkdir(parents=True, exist_ok=True)
+            if not each.is_file():
+                each.write_bytes(b"HDF5")
     (made.recordings / "ofp_cpu.json").write_text('{"variation": 1, "shadows": false}')
     return made
 
 
-def train(made):
-    for together in pipeline.STAGES["train"]:
+def from_convert_to_train(made):
+    for name, together in pipeline.STAGES:
         for each in together:
-            each(made)
+            if name in ("convert", "train"):
+                each(made)
 
 
 def test_another_training_is_another_comparison(tmp_path, commands):
@@ -84,17 +105,14 @@ def test_another_training_is_another_comparison(tmp_path, commands):
     settings = Settings()
     longer = replace(settings, training=replace(settings.training, steps=3000))
     for each in (settings, settings, longer):
-        train(job(tmp_path, each))
+        from_convert_to_train(job(tmp_path, each))
         pipeline.compare(job(tmp_path, each))
-    first, again, other = ([x for x in command if x.startswith("--output=")] for command in commands)
+    first, again, other = (value_of(command, "--output") for command in commands if "convert" not in command)
     assert first == again != other
 
 
 def test_recordings_of_another_expert_are_not_taken(tmp_path, commands):
     made = job(tmp_path, Settings(demonstrations=2))
-    for i in range(2):
-        (made.recordings / f"instructions/episode{i}.json").parent.mkdir(exist_ok=True)
-        (made.recordings / f"instructions/episode{i}.json").touch()
     pipeline.collect(made)
     assert not commands  # all are there
     with pytest.raises(UserError, match="made with --variation 1 and no --shadows, not with --variation 2"):
@@ -104,29 +122,28 @@ def test_recordings_of_another_expert_are_not_taken(tmp_path, commands):
         pipeline.collect(made)
 
 
-def test_recordings_made_anew_are_converted_and_trained_on_anew(tmp_path, commands, monkeypatch):
-    converted = []
-
-    def convert(sources, output, **_):
-        converted.append(sources)
-        (output / "meta").mkdir(parents=True)
-        (output / "meta" / INSTRUCTIONS).write_text(json.dumps({"seen": ["stack them"], "unseen": []}) + "\n")
-
-    monkeypatch.setattr(pipeline, "convert", convert)
+def test_recordings_made_anew_are_converted_and_trained_on_anew(tmp_path, commands):
     made, comparisons = job(tmp_path, Settings(demonstrations=2)), []
-    for content in (None, None, b"another one"):
-        if content:
-            made.files[1].write_bytes(content)
-        pipeline.convert_recordings(made)
-        train(made)
+    for changed in (None, None, made.files[1], made.recordings / "instructions/episode0.json"):
+        if changed:
+            changed.write_bytes(b"another one")
+        from_convert_to_train(made)
         comparisons.append(made.comparison)
-    assert len(converted) == 2 and comparisons[0] == comparisons[1] != comparisons[2]
+    assert len(commands) == 3 and comparisons[0] == comparisons[1] and len(set(comparisons)) == 3
 
 
-def test_a_command_that_fails_is_heard(tmp_path):
-    log = tmp_path / "collect.txt"
-    log.write_text("of a run before, which may be writing still\n")
-    says = r"import sys; print('1 of 50\r2 of 50\nit was refused\n'); sys.exit(3)"
-    with pytest.raises(UserError, match=r"failed with exit code 3: 2 of 50 it was refused$"):
-        pipeline._watch([sys.executable, "-c", says], log, lambda: 0, pipeline.tqdm(disable=True, total=1))
-    assert log.read_text().startswith("of a run before")
+def test_one_run_works_in_an_output(tmp_path, commands, monkeypatch):
+    monkeypatch.setattr(pipeline, "require", lambda root: None)
+    refusals = []
+
+    def second(_):
+        with pytest.raises(UserError, match="another run works in") as caught:
+            pipeline.run(["stack"], Settings(), tmp_path, "collect")
+        refusals.append(caught)
+
+    monkeypatch.setattr(pipeline, "STAGES", (("collect", (second,)),))
+    pipeline.run(["stack"], Settings(), tmp_path, "collect")
+    assert refusals
+    for tasks in (["stack", "stack"], ["stack", ""]):
+        with pytest.raises(UserError, match="name each task once"):
+            pipeline.run(tasks, Settings(), tmp_path, "collect")
