@@ -28,6 +28,7 @@ from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ofp_lerobot.policies.training_state import FILENAME
 from ofp_lerobot.policies.vla import weights
 from tests import runs, small
+from tests.kinds import KINDS
 
 UNET = {"horizon": small.HORIZON, "n_action_steps": 4, "down_dims": (8, 16), "kernel_size": 3}
 PREPROCESSOR = "policy_preprocessor.json"
@@ -266,18 +267,19 @@ def test_overwrite_knows_the_tokenizer_of_a_checkpoint(saved, tokenizer, tmp_pat
 # Model cards
 
 
-def test_cards_of_ofp_say_what_lerobot_does_not_know_and_others_stay(monkeypatch):
+@pytest.mark.parametrize(("kind", "network"), [("ofp", "π₀.₅"), ("ofp_pi0", "π₀"), ("ofp_smolvla", "SmolVLA")])
+def test_our_cards_say_what_lerobot_does_not_know_and_others_stay(monkeypatch, kind, network):
     monkeypatch.setattr(ModelCard, "validate", lambda self: None)  # asks the Hub
-    policy = small.ofp_policy(repo_id="me/policy")
+    policy = KINDS[kind].policy(repo_id="me/policy")
     if compat.UNTIL_0_6_1:
-        card = policy.generate_model_card("data", "ofp", "apache-2.0", None)
+        card = policy.generate_model_card("data", kind, "apache-2.0", None)
     else:
         from lerobot.common import train_utils
 
         card = train_utils.generate_model_card(policy.config)
         other = train_utils.generate_model_card(OFPUnetConfig(device="cpu", **small.features()))
         assert "One-step π₀.₅" not in other.text
-    assert "One-step π₀.₅" in card.text
+    assert f"## One-step {network}\n" in card.text
 
 
 # Acting

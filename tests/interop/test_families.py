@@ -113,7 +113,9 @@ def test_an_export_acts_as_the_policy(name, trained, tmp_path, steps):
     ours.config.num_inference_steps = 4 if steps == 1 else 1  # the branch is loud, so the number matters
     other, *_ = answer(ours, seed=5, text=7)
     assert float((other - expected).abs().max() / expected.abs().max()) > 1e-2
-    assert "exactly" in (tmp_path / "out/README.md").read_text()
+    page = (tmp_path / "out/README.md").read_text()
+    network = {"ofp": "π₀.₅", "ofp_pi0": "π₀", "ofp_smolvla": "SmolVLA"}[name]
+    assert f"# {network} in {steps} step" in page and f"(`{name}`)" in page and "exactly" in page
 
 
 @pytest.mark.parametrize("vlm", ["bfloat16", "float32"])
