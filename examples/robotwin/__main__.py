@@ -57,7 +57,7 @@ def main() -> int:
 def _end(number: int, _: object) -> None:
     """Ends the processes that this one started, whichever stage, and then this one.
 
-    Each ends its own. A stage that runs here, in a thread, is left where it is: the same command does it again.
+    Each ends its own. What was not finished is left where it is: the same command goes on, or does it again.
     """
     from .pipeline import ENDING
 
