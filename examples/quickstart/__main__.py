@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 
-def main() -> None:
+def main() -> int:
+    """Returns 0, or 2 after one line on stderr where it cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
     parser.add_argument("--policy", choices=("pi05", "smolvla"), default="pi05", help="the small network's shape")
     parser.add_argument(
@@ -29,6 +31,7 @@ def main() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    from ofp_lerobot.errors import UserError
     from ofp_lerobot.evaluation.environments.metaworld import usable_backend
 
     os.environ["MUJOCO_GL"] = usable_backend()
@@ -47,9 +50,14 @@ def main() -> None:
             arguments.policy,
         )
     start = time.perf_counter()
-    report = Quickstart(settings, output).run()
+    try:
+        report = Quickstart(settings, output).run()
+    except UserError as error:
+        print(f"examples.quickstart: {error}", file=sys.stderr)
+        return 2
     print(f"\n{table(report)}\n\nTook {(time.perf_counter() - start) / 60:.1f} minutes. See {output}.")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ Flow matching from scratch first; from its checkpoint two branches of equal leng
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from ofp_lerobot.errors import UserError
 
 from .demonstrations import REPO_ID
 
@@ -126,14 +129,21 @@ def checkpoint(run: Path) -> Path:
 
 
 def lerobot_train(flags: dict[str, object], dataset: Path, run: Path, log: Path, bar: tqdm) -> None:
-    """Runs `lerobot-train` into the new directory `run`; its output goes to `log`, its progress to `bar`.
+    """Runs `lerobot-train` into the directory `run`; its output is added to `log`, its progress goes to `bar`.
 
-    Raises RuntimeError with the end of the log where it fails.
+    Where `run` has a checkpoint, it goes on from there. Raises UserError with the end of the log where it fails.
     """
     script = Path(sys.executable).with_name("lerobot-train")
-    everything = {**flags, "dataset.repo_id": REPO_ID, "dataset.root": dataset, "output_dir": run}
+    begun = checkpoint(run) / "train_config.json"
+    if begun.is_file():
+        everything: dict[str, object] = {"config_path": begun, "resume": "true"}
+    else:
+        shutil.rmtree(
+            run, ignore_errors=True
+        )  # of a training that ended before its first checkpoint; LeRobot refuses it
+        everything = {**flags, "dataset.repo_id": REPO_ID, "dataset.root": dataset, "output_dir": run}
     command = [str(script), *(f"--{name}={value}" for name, value in everything.items())]
-    with log.open("w") as file:
+    with log.open("a") as file:
         file.write(" ".join(command) + "\n")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
         assert process.stdout is not None
@@ -145,5 +155,5 @@ def lerobot_train(flags: dict[str, object], dataset: Path, run: Path, log: Path,
             if found := re.search(r"\bloss:(\S+)", line):
                 bar.set_postfix(loss=found[1])
     if process.wait():
-        tail = "".join(log.read_text().splitlines(keepends=True)[-20:])
-        raise RuntimeError(f"lerobot-train failed with exit code {process.returncode}, see {log}:\n{tail}")
+        tail = " ".join(log.read_text().splitlines()[-5:])
+        raise UserError(f"lerobot-train failed with exit code {process.returncode}, see {log}: {tail}")

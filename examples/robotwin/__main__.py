@@ -1,6 +1,7 @@
 """`python -m examples.robotwin`: demonstrations, training and a paired comparison in RoboTwin on a CPU.
 
-What was finished is not done again: recordings by episode, the comparison by episode, the rest by stage.
+What was finished is not done again: recordings and the comparison by episode, training by its checkpoints, conversion
+as a whole.
 """
 
 import argparse

@@ -36,6 +36,7 @@ ROWS = (
     ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler"),
 )
 BASELINE = "fm-10"
+SAVE_EVERY = 500  # training steps: an interrupted training goes on from the last checkpoint
 PROMPT_LENGTH = 96  # tokens: RoboTwin's longest instructions, and the state's 14 numbers
 
 
@@ -78,8 +79,13 @@ ENDING = threading.Event()  # nothing new is begun once it is set
 
 
 def _unless_ending(work: Callable[[], None]) -> None:
+    """Tells a failure at once: what runs beside it may take hours, and is let finish."""
     if not ENDING.is_set():
-        work()
+        try:
+            work()
+        except UserError as error:
+            tqdm.write(f"failed: {error}", file=sys.stderr)
+            raise
 
 
 @contextmanager
@@ -187,8 +193,11 @@ def _train(job: Job, run: Path, after: Path, flags: dict[str, object]) -> None:
     # The method's defaults too: no flag names them.
     chosen = [(after / STAMP).read_text(), flags, Method()]
     if not is_done(run.parent, chosen):
-        with stage(run.parent, chosen), job.bar(run.parent.name, int(str(flags["steps"]))) as bar:
-            lerobot_train(flags, job.dataset, run, run.parent / "log.txt", bar)
+        with (
+            stage(run.parent, chosen, goes_on=True),
+            job.bar(f"train {run.parent.name}", int(str(flags["steps"]))) as bar,
+        ):
+            lerobot_train({**flags, "save_freq": SAVE_EVERY}, job.dataset, run, run.parent / "log.txt", bar)
 
 
 def compare(job: Job) -> None:

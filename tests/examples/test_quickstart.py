@@ -5,6 +5,8 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from examples.quickstart import evaluation, pipeline, report, training
 from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
 from examples.quickstart.evaluation import Evaluation
 from examples.quickstart.pipeline import BASELINES, FILMED, ROWS, Quickstart, Settings
+from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.environments.metaworld import Simulator, description, state_of, usable_backend
 from ofp_lerobot.evaluation.environments.pillar import side_of
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
@@ -111,6 +114,28 @@ def test_a_stage_is_done_with_its_own_settings_only(tmp_path):
     assert not is_done(directory, settings) and not is_done(directory, changed)
 
 
+def test_a_stage_that_goes_on_keeps_what_the_same_settings_began(tmp_path):
+    directory = tmp_path / "stage"
+
+    def attempt(settings, *, ends):
+        with suppress(ZeroDivisionError), stage(directory, settings, goes_on=True):
+            found = sorted(each.name for each in directory.glob("part*"))
+            part = directory / f"part{len(found)}"
+            part.write_text("")
+            in_a_minute = time.time() + 60
+            os.utime(part, (in_a_minute, in_a_minute))
+            _ = 1 / ends
+            return found
+
+    assert attempt(1, ends=False) is None
+    assert attempt(1, ends=False) is None
+    assert attempt(1, ends=True) == ["part0", "part1"] and is_done(directory, 1)
+    assert 119 < seconds_taken(directory) < 130  # two attempts until their last file
+    assert attempt(1, ends=True) == []  # it was finished: done again, it is begun anew
+    assert attempt(2, ends=False) is None
+    assert attempt(1, ends=True) == []  # begun by other settings
+
+
 def test_the_branches_differ_in_their_objective_only(tmp_path):
     settings = Settings().training
     ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
@@ -156,6 +181,7 @@ def test_it_runs_to_its_end(policy, tmp_path):
 
 
 def fake_lerobot_train(directory, code):
+    """Writes `directory`/lerobot-train, which shows progress and ends with `code`."""
     script = directory / "lerobot-train"
     script.write_text(
         f"#!{sys.executable}\nimport sys\n"
@@ -178,12 +204,27 @@ def test_training_shows_progress_and_says_why_it_failed(tmp_path, monkeypatch, c
             training.lerobot_train({"steps": 4}, tmp_path, tmp_path / "run", log, bar)
 
         if code:
-            with pytest.raises(RuntimeError, match=rf"exit code 3, see {log}:[\s\S]*the reason"):
+            with pytest.raises(UserError, match=f"exit code 3, see {log}: .*the reason$"):
                 train()
         else:
             train()
             assert bar.n == 4 and "loss=0.250" in bar.postfix
     assert "--steps=4" in log.read_text()
+
+
+def test_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    fake_lerobot_train(tmp_path, 0)
+    monkeypatch.setattr(training.sys, "executable", str(tmp_path / "python"))
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    (run / "checkpoints").mkdir(parents=True)  # LeRobot refuses a directory that is there, without a checkpoint too
+    training.lerobot_train({"steps": 4}, tmp_path, run, log, tqdm(disable=True))
+    assert not run.exists()
+    training.checkpoint(run).mkdir(parents=True)
+    (training.checkpoint(run) / "train_config.json").write_text("{}")
+    training.lerobot_train({"steps": 4}, tmp_path, run, log, tqdm(disable=True))
+    first, second = (line for line in log.read_text().splitlines() if line.startswith(str(tmp_path)))
+    assert "--steps=4" in first and "resume" not in first
+    assert second.split()[1:] == [f"--config_path={training.checkpoint(run)}/train_config.json", "--resume=true"]
 
 
 def example_report():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,27 @@ def test_recordings_made_anew_are_converted_and_trained_on_anew(tmp_path, comman
         from_convert_to_train(made)
         comparisons.append(made.comparison)
     assert len(commands) == 3 and comparisons[0] == comparisons[1] and len(set(comparisons)) == 3
+
+
+def test_a_failure_is_told_while_the_job_beside_it_goes_on(tmp_path, commands, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "require", lambda root: None)
+    heard = threading.Event()
+
+    def stages(job):
+        if job.task == "fails":
+            raise UserError("no such thing")
+        said = ""
+        while "failed: no such thing" not in said and not heard.wait(0.01):
+            said += capsys.readouterr().err
+        heard.set()
+
+    timer = threading.Timer(20, heard.set)
+    timer.start()
+    monkeypatch.setattr(pipeline, "STAGES", (("collect", (stages,)),))
+    with pytest.raises(UserError, match="no such thing"):
+        pipeline.run(["goes on", "fails"], Settings(), tmp_path, "collect")
+    assert timer.is_alive()
+    timer.cancel()
 
 
 def test_one_run_works_in_an_output(tmp_path, commands, monkeypatch):
