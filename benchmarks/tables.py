@@ -28,6 +28,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.quality.metaworld import report as metaworld_report
+from benchmarks.quality.objectives import name_of
 from benchmarks.quality.toy import UNSHARPENED
 from benchmarks.speed import estimates
 from examples.quickstart import report as quickstart_report
@@ -244,6 +245,37 @@ def sharpening() -> list[str]:
     return markdown_table((*head, "difference, points [95 %]", "each seed"), rows)
 
 
+def rivals() -> list[str]:
+    """One step of every other objective, and how far one step of `ofp` from full noise is ahead, by condition."""
+    answerings = ("plain", "less noise")
+    rows = []
+    for condition in CONDITIONS:
+        found = {
+            (row["objective"], answering): row
+            for answering in answerings
+            for row in result(f"metaworld_{condition}")["rows"]
+            if row["steps"] == 1 and row["samples"] == 1 and metaworld_report.ANSWERING[answering](row)
+        }
+        ours = found["ofp", "plain"]
+        for objective in dict.fromkeys(name for name, _ in found if name_of(name) != "ofp"):
+            theirs = [found[objective, answering] for answering in answerings]
+            best = max(theirs, key=lambda row: row["success"])
+            ahead = [metaworld_report.paired_difference(ours, row) for row in (theirs[0], best)]
+            points = (_difference(dict(zip(("mean", "low", "high"), each, strict=True))) for each in ahead)
+            established = "yes" if ahead[1][1] > 0 else "no"
+            rates = (f"{100 * row['success']:.0f} %" for row in theirs)
+            rows.append((condition, objective, theirs[0]["seeds"], *rates, *points, established))
+    head = (
+        "demonstrations",
+        "other objective",
+        "seeds",
+        "its one step",
+        "from half the noise",
+        "OFP's one step minus it",
+    )
+    return markdown_table((*head, "minus the better of both", "established"), rows)
+
+
 def _difference(bar: dict[str, Any]) -> str:
     return f"{_points(bar['mean'])} [{_points(bar['low'])}, {_points(bar['high'])}]"
 
@@ -262,6 +294,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         headline, latency, stock_runs, control, precision, text_lengths, attention, equality, gradients, training,
         conditions,
         sharpening,
+        rivals,
     )
 } | {"estimates": estimates.table}  # fmt: skip
 
