@@ -237,7 +237,7 @@ def sharpening() -> list[str]:
             sharp, without = (found.get((objective, steps)) for objective in ("ofp", UNSHARPENED))
             if sharp is None or without is None:
                 continue
-            change = dict(zip(("mean", "low", "high"), metaworld_report.paired_difference(sharp, without), strict=True))
+            change = _compared(sharp, without)
             seeds = ", ".join(map(_points, metaworld_report.seed_differences(sharp, without)))
             rates = (f"{100 * row['success']:.0f} %" for row in (without, sharp))
             rows.append((condition, steps, *rates, _difference(change), seeds))
@@ -246,34 +246,30 @@ def sharpening() -> list[str]:
 
 
 def rivals() -> list[str]:
-    """One step of every other objective, and how far one step of `ofp` from full noise is ahead, by condition."""
-    answerings = ("plain", "less noise")
+    """One step of each rival, and how far one step of `ofp` from full noise is ahead, by condition."""
     rows = []
     for condition in CONDITIONS:
-        found = {
-            (row["objective"], answering): row
-            for answering in answerings
-            for row in result(f"metaworld_{condition}")["rows"]
-            if row["steps"] == 1 and row["samples"] == 1 and metaworld_report.ANSWERING[answering](row)
-        }
-        ours = found["ofp", "plain"]
-        for objective in dict.fromkeys(name for name, _ in found if name_of(name) != "ofp"):
-            theirs = [found[objective, answering] for answering in answerings]
-            best = max(theirs, key=lambda row: row["success"])
-            ahead = [metaworld_report.paired_difference(ours, row) for row in (theirs[0], best)]
-            points = (_difference(dict(zip(("mean", "low", "high"), each, strict=True))) for each in ahead)
-            established = "yes" if ahead[1][1] > 0 else "no"
+        answers = [row for row in result(f"metaworld_{condition}")["rows"] if row["steps"] == row["samples"] == 1]
+        full, half = (
+            {row["objective"]: row for row in answers if metaworld_report.ANSWERING[answering](row)}
+            for answering in ("plain", "less noise")
+        )
+        for objective in full:
+            if name_of(objective) in ("ofp", "flow_matching"):
+                continue
+            theirs = (full[objective], half[objective])
+            better = max(theirs, key=lambda row: row["success"])
             rates = (f"{100 * row['success']:.0f} %" for row in theirs)
-            rows.append((condition, objective, theirs[0]["seeds"], *rates, *points, established))
-    head = (
-        "demonstrations",
-        "other objective",
-        "seeds",
-        "its one step",
-        "from half the noise",
-        "OFP's one step minus it",
-    )
+            ahead = [_compared(full["ofp"], row) for row in (theirs[0], better)]
+            rows.append(
+                (condition, objective, *rates, *map(_difference, ahead), "yes" if ahead[1]["low"] > 0 else "no")
+            )
+    head = ("demonstrations", "rival", "its one step", "from half the noise", "OFP's one step minus it")
     return markdown_table((*head, "minus the better of both", "established"), rows)
+
+
+def _compared(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), metaworld_report.paired_difference(a, b), strict=True))
 
 
 def _difference(bar: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,25 +136,27 @@ def lerobot_train(flags: dict[str, object], dataset: Path, run: Path, log: Path,
     """
     script = Path(sys.executable).with_name("lerobot-train")
     begun = checkpoint(run) / "train_config.json"
-    if begun.is_file():
+    resumes = begun.is_file()
+    if resumes:
         everything: dict[str, object] = {"config_path": begun, "resume": "true"}
     else:
-        shutil.rmtree(
-            run, ignore_errors=True
-        )  # of a training that ended before its first checkpoint; LeRobot refuses it
+        # Of a training that ended before its first checkpoint: LeRobot refuses a directory that is there.
+        shutil.rmtree(run, ignore_errors=True)
         everything = {**flags, "dataset.repo_id": REPO_ID, "dataset.root": dataset, "output_dir": run}
     command = [str(script), *(f"--{name}={value}" for name, value in everything.items())]
-    with log.open("a") as file:
+    steps, last = int(str(flags["steps"])), deque[str](maxlen=5)
+    with log.open("a", buffering=1) as file:
         file.write(" ".join(command) + "\n")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
         assert process.stdout is not None
-        # Universal newlines: each update of LeRobot's own progress bar is a line.
+        # Universal newlines: each update of LeRobot's own progress bar is a line. A resumed one counts what is left.
         for line in process.stdout:
             file.write(line)
-            if found := re.search(rf"\b(\d+)/{flags['steps']} \[", line):
-                bar.update(int(found[1]) - bar.n)
+            last.append(line.strip())
+            if found := re.match(r"Training:.*?\b(\d+)/(\d+) \[", line):
+                bar.update(steps - int(found[2]) + int(found[1]) - bar.n)
             if found := re.search(r"\bloss:(\S+)", line):
                 bar.set_postfix(loss=found[1])
     if process.wait():
-        tail = " ".join(log.read_text().splitlines()[-5:])
-        raise UserError(f"lerobot-train failed with exit code {process.returncode}, see {log}: {tail}")
+        anew = f" It went on from a checkpoint; to begin anew, delete {run}." if resumes else ""
+        raise UserError(f"lerobot-train failed with exit code {process.returncode}, see {log}.{anew} {' '.join(last)}")

@@ -83,8 +83,9 @@ def _unless_ending(work: Callable[[], None]) -> None:
     if not ENDING.is_set():
         try:
             work()
-        except UserError as error:
-            tqdm.write(f"failed: {error}", file=sys.stderr)
+        except Exception as error:
+            if not ENDING.is_set():
+                tqdm.write(f"failed, what runs beside it goes on: {error}", file=sys.stderr)
             raise
 
 

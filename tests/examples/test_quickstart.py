@@ -25,7 +25,7 @@ from ofp_lerobot.evaluation.environments.metaworld import Simulator, description
 from ofp_lerobot.evaluation.environments.pillar import side_of
 from ofp_lerobot.evaluation.metrics import energy_distance, spread
 from ofp_lerobot.evaluation.provenance import provenance
-from ofp_lerobot.evaluation.stages import is_done, seconds_taken, stage
+from ofp_lerobot.evaluation.stages import is_done, made_by, seconds_taken, stage
 from ofp_lerobot.policies.paligemma.small_tokenizer import UNKNOWN, build_tokenizer
 
 KEYS = {
@@ -136,6 +136,34 @@ def test_a_stage_that_goes_on_keeps_what_the_same_settings_began(tmp_path):
     assert attempt(1, ends=True) == []  # begun by other settings
 
 
+def test_what_is_half_deleted_is_taken_for_nothing(tmp_path, monkeypatch):
+    directory = tmp_path / "stage"
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    for ends in (True, False):
+        with suppress(ZeroDivisionError), stage(directory, "old", goes_on=True):
+            (directory / "weights").write_text("")
+            _ = 1 / ends
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("shutil.rmtree", stopped)
+            with stage(directory, "new"):
+                pass
+        assert (directory / "weights").exists() and not is_done(directory, "old")
+        with stage(directory, "old", goes_on=True):
+            assert not (directory / "weights").exists()
+
+
+def test_a_stage_that_went_on_names_every_attempts_commit(tmp_path, monkeypatch):
+    for commit, ends in (("b", False), ("a", True)):
+        made = {"commit": commit, "uncommitted_changes": commit == "b"}
+        monkeypatch.setattr("ofp_lerobot.evaluation.stages.provenance", lambda made=made: made)
+        with suppress(ZeroDivisionError), stage(tmp_path / "stage", 1, goes_on=True):
+            _ = 1 / ends
+    assert made_by([tmp_path / "stage"]) == {"commit": "a, b", "uncommitted_changes": True}
+
+
 def test_the_branches_differ_in_their_objective_only(tmp_path):
     settings = Settings().training
     ofp, flow = (training.branch_flags(settings, name, tmp_path) for name in ("ofp", "flow_matching"))
@@ -181,50 +209,68 @@ def test_it_runs_to_its_end(policy, tmp_path):
 
 
 def fake_lerobot_train(directory, code):
-    """Writes `directory`/lerobot-train, which shows progress and ends with `code`."""
+    """Writes `directory`/lerobot-train, which shows progress and ends with `code`. Resumed, it counts what is left."""
     script = directory / "lerobot-train"
     script.write_text(
         f"#!{sys.executable}\nimport sys\n"
-        "print('Training:  50%|##   | 2/4 [00:01<00:01]', end='\\r')\n"
+        "total = 2 if '--resume=true' in sys.argv else 4\n"
+        "print(f'Training:  50%|##   | 1/{total} [00:01<00:01]', end='\\r')\n"
         "print('step:4 smpl:8 loss:0.250 grdn:1')\n"
-        "print('Training: 100%|#####| 4/4 [00:02<00:00]', end='\\r')\n"
+        "print(f'Training: 100%|#####| {total}/{total} [00:02<00:00]', end='\\r')\n"
         f"print('the reason'); sys.exit({code})\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_training_shows_progress_and_says_why_it_failed(tmp_path, monkeypatch, code):
-    fake_lerobot_train(tmp_path, code)
+@pytest.fixture(params=[0, 3])
+def training_run(request, tmp_path, monkeypatch):
+    """A function that trains in `tmp_path`/run by a stand-in that ends with the code, and the code."""
+    fake_lerobot_train(tmp_path, request.param)
     monkeypatch.setattr(training.sys, "executable", str(tmp_path / "python"))
-    log = tmp_path / "log.txt"
+
+    def train(bar):
+        training.lerobot_train({"steps": 4}, tmp_path, tmp_path / "run", tmp_path / "log.txt", bar)
+
+    return train, request.param
+
+
+def test_training_shows_progress_and_says_why_it_failed(tmp_path, training_run):
+    train, code = training_run
     with tqdm(total=4, disable=False) as bar:
-
-        def train():
-            training.lerobot_train({"steps": 4}, tmp_path, tmp_path / "run", log, bar)
-
         if code:
-            with pytest.raises(UserError, match=f"exit code 3, see {log}: .*the reason$"):
-                train()
+            with pytest.raises(UserError, match=f"exit code 3, see {tmp_path}/log.txt. .*the reason$"):
+                train(bar)
         else:
-            train()
-            assert bar.n == 4 and "loss=0.250" in bar.postfix
-    assert "--steps=4" in log.read_text()
+            train(bar)
+        assert bar.n == 4 and "loss=0.250" in bar.postfix
+    assert "--steps=4" in (tmp_path / "log.txt").read_text()
 
 
-def test_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+def test_training_goes_on_from_its_last_checkpoint(tmp_path, training_run):
+    train, code = training_run
+    config = training.checkpoint(tmp_path / "run") / "train_config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    (tmp_path / "log.txt").write_text("of the attempt before\n")
+    with tqdm(total=4, disable=False) as bar:
+        if code:
+            with pytest.raises(UserError, match=f"to begin anew, delete {tmp_path}/run") as failure:
+                train(bar)
+            assert "attempt before" not in str(failure.value)
+        else:
+            train(bar)
+        assert bar.n == 4
+    before, command = (tmp_path / "log.txt").read_text().splitlines()[:2]
+    assert before == "of the attempt before"
+    assert command.split()[1:] == [f"--config_path={config}", "--resume=true"]
+
+
+def test_a_directory_without_a_checkpoint_is_not_in_the_way(tmp_path, monkeypatch):
     fake_lerobot_train(tmp_path, 0)
     monkeypatch.setattr(training.sys, "executable", str(tmp_path / "python"))
-    run, log = tmp_path / "run", tmp_path / "log.txt"
-    (run / "checkpoints").mkdir(parents=True)  # LeRobot refuses a directory that is there, without a checkpoint too
-    training.lerobot_train({"steps": 4}, tmp_path, run, log, tqdm(disable=True))
-    assert not run.exists()
-    training.checkpoint(run).mkdir(parents=True)
-    (training.checkpoint(run) / "train_config.json").write_text("{}")
-    training.lerobot_train({"steps": 4}, tmp_path, run, log, tqdm(disable=True))
-    first, second = (line for line in log.read_text().splitlines() if line.startswith(str(tmp_path)))
-    assert "--steps=4" in first and "resume" not in first
-    assert second.split()[1:] == [f"--config_path={training.checkpoint(run)}/train_config.json", "--resume=true"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # LeRobot refuses it
+    training.lerobot_train({"steps": 4}, tmp_path, tmp_path / "run", tmp_path / "log.txt", tqdm(disable=True))
+    assert not (tmp_path / "run").exists()
 
 
 def example_report():

@@ -38,7 +38,8 @@ def test_what_it_started_ends_with_it(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "--tasks=a,b,c", f"--output={tmp_path}", "--until=collect"],
         env={**os.environ, "ROBOTWIN_ROOT": str(tmp_path)},
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
     def begun():
@@ -48,7 +49,8 @@ def test_what_it_started_ends_with_it(tmp_path, number):
         while len(begun()) < 2 and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(number)
-        assert process.wait(25) == 128 + number  # before it would kill
+        _, told = process.communicate(timeout=25)  # before it would kill
+        assert process.returncode == 128 + number and "failed" not in told
         assert len(begun()) == 2 and not any(map(psutil.pid_exists, begun()))
     finally:
         process.kill()
@@ -141,17 +143,37 @@ def test_a_failure_is_told_while_the_job_beside_it_goes_on(tmp_path, commands, m
         if job.task == "fails":
             raise UserError("no such thing")
         said = ""
-        while "failed: no such thing" not in said and not heard.wait(0.01):
+        while "goes on: no such thing" not in said and not heard.wait(0.01):
             said += capsys.readouterr().err
         heard.set()
 
     timer = threading.Timer(20, heard.set)
     timer.start()
     monkeypatch.setattr(pipeline, "STAGES", (("collect", (stages,)),))
-    with pytest.raises(UserError, match="no such thing"):
-        pipeline.run(["goes on", "fails"], Settings(), tmp_path, "collect")
-    assert timer.is_alive()
-    timer.cancel()
+    try:
+        with pytest.raises(UserError, match="no such thing"):
+            pipeline.run(["goes on", "fails"], Settings(), tmp_path, "collect")
+        assert timer.is_alive()
+    finally:
+        timer.cancel()
+
+
+def test_an_interrupted_training_goes_on(tmp_path, commands, monkeypatch):
+    made, calls = job(tmp_path, Settings(demonstrations=2)), []
+
+    def lerobot_train(flags, dataset, run, log, bar):
+        calls.append((run.parent.name, run.exists(), flags["save_freq"]))
+        pipeline.checkpoint(run).mkdir(parents=True, exist_ok=True)
+        if len(calls) == 1:
+            raise UserError("interrupted")
+
+    monkeypatch.setattr(pipeline, "lerobot_train", lerobot_train)
+    with pytest.raises(UserError, match="interrupted"):
+        from_convert_to_train(made)
+    from_convert_to_train(made)
+    every = pipeline.SAVE_EVERY
+    assert calls[:2] == [("base", False, every), ("base", True, every)]
+    assert [name for name, *_ in calls[2:]] == ["ofp", "flow_matching"] and every < made.settings.training.steps
 
 
 def test_one_run_works_in_an_output(tmp_path, commands, monkeypatch):

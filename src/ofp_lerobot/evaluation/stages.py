@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from time import time
+from time import perf_counter, time
 from typing import Any
 
 from ..files import write_whole
@@ -34,8 +34,12 @@ def seconds_taken(directory: Path) -> float:
 
 def made_by(directories: Iterable[Path]) -> dict[str, Any]:
     """Versions, machine and commit of the finished stages; several commits are all named."""
-    found = [json.loads((directory / STAMP).read_text())["provenance"] for directory in directories]
-    commits = sorted({str(one["commit"]) for one in found})
+    return _joined([json.loads((directory / STAMP).read_text())["provenance"] for directory in directories])
+
+
+def _joined(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last one's versions and machine, and the commits of all."""
+    commits = sorted({commit for one in found for commit in str(one["commit"]).split(", ")})
     return {
         **found[-1],
         "commit": ", ".join(commits),
@@ -47,29 +51,33 @@ def made_by(directories: Iterable[Path]) -> dict[str, Any]:
 def stage(directory: Path, settings: Any, *, goes_on: bool = False) -> Iterator[None]:
     """Empties `directory` for new work and stamps it when the work ends without an error.
 
-    goes_on: the work can take up what it left. Then `directory` is kept where the same settings began it, and the
-    stamp's seconds count the earlier attempts, each until its last written file.
+    goes_on: the work can take up what it left. Then `directory` is kept where the same settings began it, and the stamp
+    counts the seconds of the earlier attempts, each until its last written file, and names their commits.
     """
-    before = _spent(directory, settings) if goes_on else None
-    if before is None and directory.exists():
+    attempts = _attempts(directory, settings) if goes_on else []
+    if not attempts and directory.exists():
+        for mark in (STAMP, BEGUN):  # first: what is half deleted must not be taken for work
+            (directory / mark).unlink(missing_ok=True)
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    began = time()
-    begun = {"settings": plain(settings), "seconds_before": before or 0, "began": began}
-    write_whole(directory / BEGUN, json.dumps(begun))
+    attempt = {"began": time(), "provenance": provenance()}
+    write_whole(directory / BEGUN, json.dumps({"settings": plain(settings), "attempts": [*attempts, attempt]}))
+    start = perf_counter()
     yield
-    seconds = (before or 0) + time() - began
-    stamp = {"settings": plain(settings), "seconds": round(seconds, 1), "provenance": provenance()}
+    seconds = perf_counter() - start + sum(one["seconds"] for one in attempts)
+    made = [one["provenance"] for one in (*attempts, attempt)]
+    stamp = {"settings": plain(settings), "seconds": round(seconds, 1), "provenance": _joined(made)}
     write_whole(directory / STAMP, json.dumps(stamp, indent=2))
 
 
-def _spent(directory: Path, settings: Any) -> float | None:
-    """Seconds of the unfinished attempts with these settings that `directory` holds, None where there is none."""
+def _attempts(directory: Path, settings: Any) -> list[dict[str, Any]]:
+    """The unfinished attempts with these settings whose work `directory` holds, each with its seconds."""
     file = directory / BEGUN
     if (directory / STAMP).exists() or not file.is_file():
-        return None
+        return []
     begun = json.loads(file.read_text())
     if begun["settings"] != plain(settings):
-        return None
-    last = max(each.lstat().st_mtime for each in directory.rglob("*"))
-    return begun["seconds_before"] + max(0.0, last - begun["began"])
+        return []
+    *earlier, last = begun["attempts"]
+    written = max(each.lstat().st_mtime for each in directory.rglob("*"))
+    return [*earlier, {**last, "seconds": max(0.0, written - last["began"])}]
