@@ -1,7 +1,7 @@
 """`python -m examples.robotwin`: demonstrations, training and a paired comparison in RoboTwin on a CPU.
 
-What was finished is not done again: recordings and the comparison by episode, training by its checkpoints, conversion
-as a whole.
+What was finished is not done again: recordings and the comparison by episode, conversion by ten episodes, training by
+its checkpoints.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -169,7 +170,8 @@ def convert_recordings(job: Job) -> None:
     if not is_done(directory, job.made_of):
         flags = [f"--output={job.dataset}", f"--repo-id={REPO_ID}", f"--episodes={wanted}", f"--workers={job.workers}"]
         command = [sys.executable, "-m", "robotwin_eval.data", "convert", str(job.recordings), *flags]
-        with stage(directory, job.made_of):
+        with stage(directory, job.made_of, goes_on=True):
+            shutil.rmtree(job.dataset, ignore_errors=True)  # whole but without a stamp: the command wants it empty
             _watch(command, job.output / "convert.txt", done, job.bar("convert", wanted))
 
 

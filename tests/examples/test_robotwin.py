@@ -158,6 +158,27 @@ def test_a_failure_is_told_while_the_job_beside_it_goes_on(tmp_path, commands, m
         timer.cancel()
 
 
+def test_an_interrupted_conversion_goes_on(tmp_path, commands, monkeypatch):
+    """With its shards, and where it was killed at its very end."""
+    made, found, convert = job(tmp_path, Settings(demonstrations=2)), [], pipeline._watch
+    shards = made.dataset.with_name("dataset.shards")
+
+    def interrupted(command, *more):
+        found.append((shards.is_dir(), made.dataset.is_dir()))
+        shards.mkdir(exist_ok=True)
+        convert(command, *more)
+        if len(found) == 1:
+            raise UserError("interrupted")
+
+    monkeypatch.setattr(pipeline, "_watch", interrupted)
+    with pytest.raises(UserError, match="interrupted"):
+        pipeline.convert_recordings(made)
+    assert made.dataset.is_dir()
+    pipeline.convert_recordings(made)
+    pipeline.convert_recordings(made)
+    assert found == [(False, False), (True, False)]
+
+
 def test_an_interrupted_training_goes_on(tmp_path, commands, monkeypatch):
     made, calls = job(tmp_path, Settings(demonstrations=2)), []
 
