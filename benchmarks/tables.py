@@ -237,7 +237,7 @@ def sharpening() -> list[str]:
             sharp, without = (found.get((objective, steps)) for objective in ("ofp", UNSHARPENED))
             if sharp is None or without is None:
                 continue
-            change = _compared(sharp, without)
+            change = metaworld_report.paired_difference(sharp, without)
             seeds = ", ".join(map(_points, metaworld_report.seed_differences(sharp, without)))
             rates = (f"{100 * row['success']:.0f} %" for row in (without, sharp))
             rows.append((condition, steps, *rates, _difference(change), seeds))
@@ -260,16 +260,12 @@ def rivals() -> list[str]:
             theirs = (full[objective], half[objective])
             better = max(theirs, key=lambda row: row["success"])
             rates = (f"{100 * row['success']:.0f} %" for row in theirs)
-            ahead = [_compared(full["ofp"], row) for row in (theirs[0], better)]
+            ahead = [metaworld_report.paired_difference(full["ofp"], row) for row in (theirs[0], better)]
             rows.append(
                 (condition, objective, *rates, *map(_difference, ahead), "yes" if ahead[1]["low"] > 0 else "no")
             )
     head = ("demonstrations", "rival", "its one step", "from half the noise", "OFP's one step minus it")
     return markdown_table((*head, "minus the better of both", "established"), rows)
-
-
-def _compared(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), metaworld_report.paired_difference(a, b), strict=True))
 
 
 def _difference(bar: dict[str, Any]) -> str:

@@ -6,13 +6,13 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from ofp_lerobot.evaluation.environments.metaworld import description
 from ofp_lerobot.evaluation.pools import process_pool
-from ofp_lerobot.evaluation.stages import is_done, made_by, plain, seconds_taken, stage
+from ofp_lerobot.evaluation.stages import RESULT, Job, is_done, made_by, plain, seconds_taken, stage
 from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.objectives import Settings as Method
 
@@ -34,7 +34,6 @@ ROWS = (
 )
 BASELINES = ("replay", "mean", "blind")
 FILMED = (4, 0, 5)  # of ROWS: flow matching's single step, ours, flow matching's ten
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,6 @@ class Settings:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     network: Literal["pi05", "smolvla"] = "pi05"
-
-
-class Job(NamedTuple):
-    """A stage for a worker process: `function(*arguments)` returns its result."""
-
-    directory: Path
-    settings: Any
-    function: Callable[..., dict[str, Any]]
-    arguments: tuple[Any, ...]
 
 
 class Quickstart:
@@ -178,11 +168,11 @@ class Quickstart:
         return self._job("film", ev.film, ways, *self._common(), self.output / "rollout.gif")
 
     def _run_jobs(self, workers: ProcessPoolExecutor, jobs: Sequence[Job], position: int = 0) -> None:
-        missing = [job for job in jobs if not is_done(job.directory, job.settings)]
+        missing = [job for job in jobs if not job.is_done()]
         if not missing:
             return
         with tqdm(desc="evaluate", total=len(missing), unit="job", position=position) as bar:
-            running = [workers.submit(_run_job, job) for job in missing]
+            running = [workers.submit(job.run) for job in missing]
             for job, future in zip(missing, running, strict=True):
                 bar.set_postfix_str(job.directory.name)
                 future.result()
@@ -215,9 +205,3 @@ class Quickstart:
 
     def _result(self, name: str) -> dict[str, Any]:
         return json.loads((self._directory(name) / RESULT).read_text())
-
-
-def _run_job(job: Job) -> None:
-    with stage(job.directory, job.settings):
-        result = job.function(*job.arguments)
-        (job.directory / RESULT).write_text(json.dumps(result))

@@ -1,7 +1,7 @@
 """The benchmark's stages, their order and their cache."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ofp_lerobot.evaluation.pools import process_pool
 from ofp_lerobot.evaluation.provenance import provenance
-from ofp_lerobot.evaluation.stages import is_done, made_by, seconds_taken, stage
+from ofp_lerobot.evaluation.stages import Job, made_by, seconds_taken
 from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.objectives import OBJECTIVES, Settings
 
@@ -26,7 +26,7 @@ from .evaluation import Evaluation
 from .latency import PLAIN, measure_latency
 from .training import Training, train
 
-BASE, RESULT = "flow_matching", "result.json"
+BASE = "flow_matching"
 WARM_START, SAMPLES, TEMPERATURE = 0.15, 8, 0.5
 LATENCY_STEPS = (1, 2, 4, 10, 100)
 LATENCY_ROUNDS, SPEEDUP_ROUNDS, TURN = 5, 40, 25
@@ -97,21 +97,6 @@ class Run(NamedTuple):
         return name + ("_scratch" if self.start == "scratch" else "")
 
 
-class Job(NamedTuple):
-    """A stage for a worker process: `function(*arguments)` returns its result."""
-
-    directory: Path
-    settings: Any
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-def run_job(job: Job) -> None:
-    with stage(job.directory, job.settings):
-        result = job.function(*job.arguments)
-        (job.directory / RESULT).write_text(json.dumps(result))
-
-
 class Benchmark:
     """A run in the directory `output`."""
 
@@ -168,14 +153,14 @@ class Benchmark:
         return Run(run.condition, run.seed)
 
     def _work(self, workers: ProcessPoolExecutor | None, name: str, jobs: Sequence[Job]) -> None:
-        missing = [job for job in jobs if not is_done(job.directory, job.settings)]
+        missing = [job for job in jobs if not job.is_done()]
         with tqdm(desc=name, total=len(jobs), initial=len(jobs) - len(missing), unit="job") as bar:
             if workers is None:
                 for job in missing:
-                    run_job(job)
+                    job.run()
                     bar.update()
                 return
-            for future in as_completed([workers.submit(run_job, job) for job in missing]):
+            for future in as_completed([workers.submit(job.run) for job in missing]):
                 future.result()
                 bar.update()
 
@@ -268,17 +253,14 @@ class Benchmark:
         return {"latency": job("latency", every, LATENCY_ROUNDS), "speedup": job("speedup", extremes, SPEEDUP_ROUNDS)}
 
     def _report(self) -> dict[str, Any]:
-        def result(job: Job) -> Any:
-            return json.loads((job.directory / RESULT).read_text())
-
         budget, results = self.budget, []
         for run, task, sampling in self._evaluated():
-            found = result(self._evaluation(run, task, sampling))
+            found = self._evaluation(run, task, sampling).result()
             results.append({**run._asdict(), "task": task, **reports.answering(sampling), **found})
         latency = {
             name: [
                 {**reports.answering(sampling), **found}
-                for sampling, found in zip(job.arguments[1], result(job), strict=True)
+                for sampling, found in zip(job.arguments[1], job.result(), strict=True)
             ]
             for name, job in self._latencies().items()
         }
@@ -293,9 +275,9 @@ class Benchmark:
             "latency": latency["latency"],
             "speedups": speedups,
             "timed": self._timed().name,
-            "training": {run.name: result(self.training_of(run)) for run in (*self._bases(), *self.policies())},
+            "training": {run.name: self.training_of(run).result() for run in (*self._bases(), *self.policies())},
             "demonstrations": {
-                f"{condition}/{task}": result(self._recording(condition, task)) for condition, task in self._sources()
+                f"{condition}/{task}": self._recording(condition, task).result() for condition, task in self._sources()
             },
             "seconds": {str(each.relative_to(self.output)): seconds_taken(each) for each in finished},
             "settings": asdict(budget),

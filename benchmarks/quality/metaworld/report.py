@@ -80,13 +80,15 @@ def pairs_of(a: Row, b: Row) -> dict[str, Any]:
     return {key: np.subtract(a["solved"][key], b["solved"][key]) for key in a["solved"] if key in b["solved"]}
 
 
-def paired_difference(a: Row, b: Row) -> tuple[float, float, float]:
-    """Mean and 95 % interval of success(a) − success(b) over the episodes both met, which share start and, for as many
-    samples, noise. The groups of `clustered_interval` are a seed's episodes of one task.
+def paired_difference(a: Row, b: Row) -> dict[str, float]:
+    """`mean` of success(a) − success(b) over the episodes both met, `low` and `high` of its 95 % interval.
+
+    Episodes share their start and, for as many samples, noise. The groups of `clustered_interval` are a seed's episodes
+    of one task.
     """
     pairs = list(pairs_of(a, b).values())
     low, high = clustered_interval(pairs)
-    return float(np.mean([pair.mean() for pair in pairs])), max(low, -1.0), min(high, 1.0)
+    return {"mean": float(np.mean([pair.mean() for pair in pairs])), "low": max(low, -1.0), "high": min(high, 1.0)}
 
 
 def seed_differences(a: Row, b: Row) -> list[float]:
@@ -146,7 +148,7 @@ def table(rows: Sequence[Row]) -> str:
 def differences(rows: Sequence[Row]) -> list[Row]:
     """One step of OFP, without a warm start, minus every other objective's rows on the same demonstrations.
 
-    ours: objective with its settings, start, samples and noise temperature of OFP's; mean, low and high are of
+    ours: objective with its settings, start, samples and noise temperature of OFP's; mean, low and high:
     `paired_difference`.
     """
     found = []
@@ -158,10 +160,9 @@ def differences(rows: Sequence[Row]) -> list[Row]:
                 continue
             if other["start"] != one["start"] and other["objective"] != diffusion.NAME:
                 continue
-            mean, low, high = paired_difference(one, other)
             known = {key: other[key] for key in KEYS}
             ours = [one["objective"], one["start"], one["samples"], one["temperature"]]
-            found.append({"ours": ours, **known, "mean": mean, "low": low, "high": high})
+            found.append({"ours": ours, **known, **paired_difference(one, other)})
     return found
 
 
@@ -226,7 +227,7 @@ def _best(group: Sequence[Row]) -> Row | None:
 
 def _check(bar: str, what: str, a: Row, b: Row, limit: float, *, of: str = "mean", reached: bool = False) -> Row:
     """Of the paired difference a − b; whether a `reached` limit is enough."""
-    found = dict(zip(("mean", "low", "high"), paired_difference(a, b), strict=True))
+    found = paired_difference(a, b)
     value = round(found[of], 9)
     holds = value > limit or (reached and value == limit)
     compared = {"bar": bar, "than": {key: b[key] for key in KEYS}}

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from time import perf_counter, time
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import write_whole
 from .provenance import provenance
 
-STAMP = "stamp.json"
-BEGUN = "begun.json"
+STAMP, BEGUN, RESULT = "stamp.json", "begun.json", "result.json"
 
 
 def plain(settings: Any) -> Any:
@@ -81,3 +80,23 @@ def _attempts(directory: Path, settings: Any) -> list[dict[str, Any]]:
     *earlier, last = begun["attempts"]
     written = max(each.lstat().st_mtime for each in directory.rglob("*"))
     return [*earlier, {**last, "seconds": max(0.0, written - last["began"])}]
+
+
+class Job(NamedTuple):
+    """A stage whose work is `function(*arguments)`, with a result that fits into JSON. Workers get it pickled."""
+
+    directory: Path
+    settings: Any
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def is_done(self) -> bool:
+        return is_done(self.directory, self.settings)
+
+    def run(self) -> None:
+        with stage(self.directory, self.settings):
+            (self.directory / RESULT).write_text(json.dumps(self.function(*self.arguments)))
+
+    def result(self) -> Any:
+        """Of the finished stage."""
+        return json.loads((self.directory / RESULT).read_text())
