@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,60 +192,19 @@ def main() -> None:
         print(f"  {name:38} {row.launches:6} launches {row.flops / 1e12:6.3f} TFLOP {row.bytes / 1e9:6.1f} GB touched")
 
     print(f"\n{arguments.preset} on {device}, {arguments.dtype}, batch {arguments.batch}, torch {torch.__version__}")
-
-    runs: dict[str, Callable[[], Tensor]] = {}
-    differences = {}
-    expected = answer(policies["stock"], batch, noise, 10)
-    for name, policy in policies.items():
-        ours = name.startswith("ours")
-        for steps in preset.steps:
-            sampler = ("euler" if steps == 10 else "flow_map") if ours else None
-            runs[f"{name}, {steps}"] = partial(answer, policy, batch, noise, steps, sampler)
-        actual = runs[f"{name}, 10"]()
-        differences[name] = float((actual - expected).norm() / expected.norm())
-        print(f"  {name:24} ten Euler steps, same noise: relative difference to stock {differences[name]:.1e}")
+    runs = {
+        f"{name}, {steps}": partial(answer, policy, batch, noise, steps, sampler_of(name, steps))
+        for name, policy in policies.items()
+        for steps in preset.steps
+    }
+    differences = from_stock(runs, answer(policies["stock"], batch, noise, 10))
+    for name, difference in differences.items():
+        print(f"  {name:24} ten Euler steps, same noise: relative difference to stock {difference:.1e}")
     if not max(differences.values()) <= TOLERANCE[arguments.dtype]:
         raise SystemExit(f"a difference of more than {TOLERANCE[arguments.dtype]}: nothing measured")
 
-    memory: dict[str, int | None] = dict.fromkeys(runs)
-    for name, run in tqdm(runs.items(), desc="warm-up"):
-        if device == "cuda":
-            memory[name] = memory_taken(run)
-        if device == "cuda" or "compiled" in name:  # else counting warms up
-            run()
-    with as_on_a_gpu():
-        counted = tqdm([name for name in runs if "compiled" not in name], desc="host reads")
-        reads = {name: host_reads(runs[name]) for name in counted}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in tqdm([*runs.items()] * arguments.repeats, desc="answers"):
-        times[name].append(milliseconds_here(run, torch.device(device)))
-    rows = {
-        name: {
-            "median_ms": statistics.median(values),
-            "range_ms": [min(values), max(values)],
-            "host_reads": reads.get(name),
-            "memory_bytes": memory[name],
-        }
-        for name, values in times.items()
-    }
-
-    fastest = "ours, engine" if "ours, engine" in policies else "ours, plain"
-    compared = {
-        "stock_1_step_over_ours": ("stock, 1", f"{fastest}, 1"),
-        "stock_10_steps_over_ours": ("stock, 10", f"{fastest}, 1"),
-        "stock_10_steps_over_ours_10": ("stock, 10", f"{fastest}, 10"),
-        "plain_1_step_over_engine": ("ours, plain, 1", "ours, engine, 1"),
-        "compiled_stock_1_step_over_ours": ("stock, compiled, 1", f"{fastest}, 1"),
-        "compiled_stock_10_steps_over_ours": ("stock, compiled, 10", f"{fastest}, 1"),
-    }
-    # Of each turn a ratio: what else runs on the machine strikes both.
-    turns = {
-        name: [a / b for a, b in zip(times[above], times[below], strict=True)]
-        for name, (above, below) in compared.items()
-        if above in times and below in times
-    }
-    ratios = {name: statistics.median(values) for name, values in turns.items()}
-    ratio_ranges = {name: [min(values), max(values)] for name, values in turns.items()}
+    rows, times = measure(runs, device, arguments.repeats)
+    ratios, ratio_ranges = compare(times)
     for name, row in rows.items():
         low, high = row["range_ms"]
         taken = "" if row["memory_bytes"] is None else f"  {row['memory_bytes'] / 1e6:.0f} MB beside the weights"
@@ -266,6 +225,67 @@ def main() -> None:
         }
         arguments.json.write_text(json.dumps(report, indent=2))
         plot(rows, arguments.json.with_suffix(".png"))
+
+
+def sampler_of(name: str, steps: int) -> str | None:
+    """Of the policy called `name`; stock has no choice."""
+    if not name.startswith("ours"):
+        return None
+    return "euler" if steps == 10 else "flow_map"
+
+
+def from_stock(runs: Mapping[str, Callable[[], Tensor]], expected: Tensor) -> dict[str, float]:
+    """The relative difference of each policy's ten steps to stock's answer, `expected`."""
+    answers = {name.removesuffix(", 10"): run() for name, run in runs.items() if name.endswith(", 10")}
+    return {name: float((actual - expected).norm() / expected.norm()) for name, actual in answers.items()}
+
+
+def measure(
+    runs: Mapping[str, Callable[[], Tensor]], device: str, repeats: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """By name the numbers of a row, and the milliseconds of each of `repeats` turns, in which each runs once."""
+    memory: dict[str, int | None] = dict.fromkeys(runs)
+    for name, run in tqdm(runs.items(), desc="warm-up"):
+        if device == "cuda":
+            memory[name] = memory_taken(run)
+        if device == "cuda" or "compiled" in name:  # else counting warms up
+            run()
+    with as_on_a_gpu():
+        counted = tqdm([name for name in runs if "compiled" not in name], desc="host reads")
+        reads = {name: host_reads(runs[name]) for name in counted}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in tqdm([*runs.items()] * repeats, desc="answers"):
+        times[name].append(milliseconds_here(run, torch.device(device)))
+    rows = {
+        name: {
+            "median_ms": statistics.median(values),
+            "range_ms": [min(values), max(values)],
+            "host_reads": reads.get(name),
+            "memory_bytes": memory[name],
+        }
+        for name, values in times.items()
+    }
+    return rows, times
+
+
+def compare(times: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Median and range of each turn's ratios: what else runs on the machine strikes both sides of one."""
+    fastest = "ours, engine" if any(name.startswith("ours, engine") for name in times) else "ours, plain"
+    compared = {
+        "stock_1_step_over_ours": ("stock, 1", f"{fastest}, 1"),
+        "stock_10_steps_over_ours": ("stock, 10", f"{fastest}, 1"),
+        "stock_10_steps_over_ours_10": ("stock, 10", f"{fastest}, 10"),
+        "plain_1_step_over_engine": ("ours, plain, 1", "ours, engine, 1"),
+        "compiled_stock_1_step_over_ours": ("stock, compiled, 1", f"{fastest}, 1"),
+        "compiled_stock_10_steps_over_ours": ("stock, compiled, 10", f"{fastest}, 1"),
+    }
+    turns = {
+        name: [a / b for a, b in zip(times[above], times[below], strict=True)]
+        for name, (above, below) in compared.items()
+        if above in times and below in times
+    }
+    ratios = {name: statistics.median(values) for name, values in turns.items()}
+    return ratios, {name: [min(values), max(values)] for name, values in turns.items()}
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:

@@ -53,62 +53,34 @@ def export(
     source = resolve_source(checkpoint)
     refuse_existing(target, overwrite=overwrite, source=source)
     config, kind = read_config(source, types=(*OURS, *FAMILIES))
-    if kind == "pi05":
-        raise UserError(f"{source} is a plain π₀.₅ already: `ofp-convert to-openpi` gives it openpi's layout")
-    if kind in FAMILIES:
-        raise UserError(f"{source} is a plain {kind!r} already")
+    layout = _checked_layout(layout, kind, source)
     _refuse_other_sizes(source, config)
-    layout = layout or ("both" if kind == "ofp" else "lerobot")
-    if layout != "lerobot" and kind != "ofp":
-        raise UserError(f"openpi's layout is for `ofp` alone, {source} is of type {kind!r}: give --layout lerobot")
-    if layout != "lerobot":
+    openpi_too = layout != "lerobot"
+    if openpi_too:
         with _openpi_is_a_choice():
             asset_id = trained_on(source) if asset_id is None else asset_id
             refuse_asset_id(asset_id)
             refuse_unsayable(config)
-    for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
-        if getattr(config, name) != plain:
-            logger.warning("%s=%s does not carry over to a stock policy", name, getattr(config, name))
-            setattr(config, name, plain)
     origin = Origin(checkpoint, which, steps, config.use_peft, OURS[kind].policy.stock)
-    # Float32, so that merging and the comparison do not round; the exported dtypes follow the values.
-    if hasattr(config, "precision"):
-        config.dtype = "float32"
-    config.compile_model, config.tokenizer_max_length = False, None
-    config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
-    config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
-    size = config.output_features[ACTION].shape[0]
-    with nullcontext() if layout == "lerobot" else _openpi_is_a_choice():
-        processors = read_processors(source, size, for_openpi=layout != "lerobot")
-    if layout != "lerobot" and not processors.pillow:
+    _answer_plainly(config, steps)
+    with _openpi_is_a_choice() if openpi_too else nullcontext():
+        processors = read_processors(source, config.output_features[ACTION].shape[0], for_openpi=openpi_too)
+    if openpi_too and not processors.pillow:
         logger.warning("%s was %s", source, OTHER_RESIZING)
     policy = load_policy(source, config, which)
-    if config.sampler == "flow_map" and not any(w.any() for w in policy.model.target_time_mlp_out.parameters()):
-        logger.warning(
-            "%s has not learnt average velocities (its target-time branch is silent): this is a %s of ten steps run "
-            "with %d",
-            source,
-            policy.stock,
-            steps,
-        )
+    _warn_of_a_silent_branch(policy, source, steps)
     rounded = getattr(policy.config, "bfloat16_rotary", False)
     stock = stock_config(replace(policy.config, tokenizer_max_length=processors.token_length))
     stock = replace(stock, **{steps_setting(stock): steps})
     if hasattr(stock, "gradient_checkpointing"):
         stock = replace(stock, gradient_checkpointing=False)
-    folded = _folded(policy, steps)
     probes = make_probes(policy, processors.token_length)
     answers = our_answers(policy, probes)
     state = {name: w for name, w in policy.model.state_dict().items() if name not in NEW_PARAMETERS}
-    state |= folded
+    state |= _folded(policy, steps)
     half = in_bfloat16(state, policy.as_stored)
     del policy
-    for name in list(state):  # frees each as it goes; shares no memory
-        w = state.pop(name)
-        state[name] = (w.to(torch.bfloat16) if name in half else w.clone()).contiguous()
-    # No π₀.₅ code of LeRobot reads the head, training leaves it behind, and other engines take it for the embedding.
-    if openpi.HEAD in state:
-        state[openpi.HEAD] = state[openpi.EMBEDDING].clone()
+    _make_as_written(state, half)
 
     with whole_directory(target, overwrite=overwrite) as directory:
         written = {
@@ -138,6 +110,52 @@ def export(
             (part / "README.md").write_text(text)
             found += proven
     return found
+
+
+def _checked_layout(layout: Layout | None, kind: str, source: str | Path) -> Layout:
+    """The layout to write. Raises UserError where the type has none or not that one."""
+    if kind == "pi05":
+        raise UserError(f"{source} is a plain π₀.₅ already: `ofp-convert to-openpi` gives it openpi's layout")
+    if kind in FAMILIES:
+        raise UserError(f"{source} is a plain {kind!r} already")
+    layout = layout or ("both" if kind == "ofp" else "lerobot")
+    if layout != "lerobot" and kind != "ofp":
+        raise UserError(f"openpi's layout is for `ofp` alone, {source} is of type {kind!r}: give --layout lerobot")
+    return layout
+
+
+def _answer_plainly(config: Any, steps: int) -> None:
+    """Sets `config` to what a stock policy can do, in float32, so that merging and the comparison do not round."""
+    for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
+        if getattr(config, name) != plain:
+            logger.warning("%s=%s does not carry over to a stock policy", name, getattr(config, name))
+            setattr(config, name, plain)
+    if hasattr(config, "precision"):
+        config.dtype = "float32"
+    config.compile_model, config.tokenizer_max_length = False, None
+    config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
+    config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
+
+
+def _warn_of_a_silent_branch(policy: VLAPolicy, source: str | Path, steps: int) -> None:
+    if policy.config.sampler == "flow_map" and not any(w.any() for w in policy.model.target_time_mlp_out.parameters()):
+        logger.warning(
+            "%s has not learnt average velocities (its target-time branch is silent): this is a %s of ten steps run "
+            "with %d",
+            source,
+            policy.stock,
+            steps,
+        )
+
+
+def _make_as_written(state: dict[str, Tensor], half: set[str]) -> None:
+    """Gives each weight its own memory, those in `half` in bfloat16, and frees the old one as it goes."""
+    for name in list(state):
+        w = state.pop(name)
+        state[name] = (w.to(torch.bfloat16) if name in half else w.clone()).contiguous()
+    # No π₀.₅ code of LeRobot reads the head, training leaves it behind, and other engines take it for the embedding.
+    if openpi.HEAD in state:
+        state[openpi.HEAD] = state[openpi.EMBEDDING].clone()
 
 
 def _refuse_other_sizes(source: str | Path, config: Any) -> None:
