@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Where it is set, every process compiles all that it imports again, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-fast lint docs wheel bench clean
 
