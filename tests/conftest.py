@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands that tests start, and of threads beside the tests' own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of commands that tests start, and their other threads
 # Without a word about GPUs the tests run as on a machine without one: `-m gpu` or CUDA_VISIBLE_DEVICES is one. Here and
 # not in a hook: other conftest files import what reads it before any hook runs.
 if any("gpu" in argument for argument in sys.argv):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ofp_lerobot.evaluation.environments.metaworld import description
 from ofp_lerobot.evaluation.pools import process_pool
-from ofp_lerobot.evaluation.stages import RESULT, Job, is_done, made_by, plain, seconds_taken, stage
+from ofp_lerobot.evaluation.stages import Job, is_done, made_by, plain, result_of, seconds_taken, stage
 from ofp_lerobot.inference.sampling import Sampling
 from ofp_lerobot.objectives import Settings as Method
 
@@ -204,4 +204,4 @@ class Quickstart:
         }
 
     def _result(self, name: str) -> dict[str, Any]:
-        return json.loads((self._directory(name) / RESULT).read_text())
+        return result_of(self._directory(name))

@@ -1,6 +1,5 @@
 """FSDP2 over two processes against DDP: the same losses, weights and teacher. PyTorch's own, so on any LeRobot."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-m", "tests.policies.shard_probe", str(directory)],
         cwd=ROOT,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=600,

@@ -31,6 +31,11 @@ def seconds_taken(directory: Path) -> float:
     return json.loads((directory / STAMP).read_text())["seconds"]
 
 
+def result_of(directory: Path) -> Any:
+    """What the function of a finished `Job` returned."""
+    return json.loads((directory / RESULT).read_text())
+
+
 def made_by(directories: Iterable[Path]) -> dict[str, Any]:
     """Versions, machine and commit of the finished stages; several commits are all named."""
     return _joined([json.loads((directory / STAMP).read_text())["provenance"] for directory in directories])
@@ -98,5 +103,4 @@ class Job(NamedTuple):
             (self.directory / RESULT).write_text(json.dumps(self.function(*self.arguments)))
 
     def result(self) -> Any:
-        """Of the finished stage."""
-        return json.loads((self.directory / RESULT).read_text())
+        return result_of(self.directory)

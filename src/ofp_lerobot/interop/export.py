@@ -55,17 +55,17 @@ def export(
     config, kind = read_config(source, types=(*OURS, *FAMILIES))
     layout = _checked_layout(layout, kind, source)
     _refuse_other_sizes(source, config)
-    openpi_too = layout != "lerobot"
-    if openpi_too:
+    for_openpi = layout != "lerobot"
+    if for_openpi:
         with _openpi_is_a_choice():
             asset_id = trained_on(source) if asset_id is None else asset_id
             refuse_asset_id(asset_id)
             refuse_unsayable(config)
     origin = Origin(checkpoint, which, steps, config.use_peft, OURS[kind].policy.stock)
-    _answer_plainly(config, steps)
-    with _openpi_is_a_choice() if openpi_too else nullcontext():
-        processors = read_processors(source, config.output_features[ACTION].shape[0], for_openpi=openpi_too)
-    if openpi_too and not processors.pillow:
+    _make_plain(config, steps)
+    with _openpi_is_a_choice() if for_openpi else nullcontext():
+        processors = read_processors(source, config.output_features[ACTION].shape[0], for_openpi=for_openpi)
+    if for_openpi and not processors.pillow:
         logger.warning("%s was %s", source, OTHER_RESIZING)
     policy = load_policy(source, config, which)
     _warn_of_a_silent_branch(policy, source, steps)
@@ -74,10 +74,11 @@ def export(
     stock = replace(stock, **{steps_setting(stock): steps})
     if hasattr(stock, "gradient_checkpointing"):
         stock = replace(stock, gradient_checkpointing=False)
+    folded = _folded(policy, steps)
     probes = make_probes(policy, processors.token_length)
     answers = our_answers(policy, probes)
     state = {name: w for name, w in policy.model.state_dict().items() if name not in NEW_PARAMETERS}
-    state |= _folded(policy, steps)
+    state |= folded
     half = in_bfloat16(state, policy.as_stored)
     del policy
     _make_as_written(state, half)
@@ -124,8 +125,11 @@ def _checked_layout(layout: Layout | None, kind: str, source: str | Path) -> Lay
     return layout
 
 
-def _answer_plainly(config: Any, steps: int) -> None:
-    """Sets `config` to what a stock policy can do, in float32, so that merging and the comparison do not round."""
+def _make_plain(config: Any, steps: int) -> None:
+    """Sets `config` to what a stock policy can do, and warns of what is lost.
+
+    In float32, so that merging and the comparison do not round; the exported dtypes follow the values.
+    """
     for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
         if getattr(config, name) != plain:
             logger.warning("%s=%s does not carry over to a stock policy", name, getattr(config, name))
@@ -149,7 +153,10 @@ def _warn_of_a_silent_branch(policy: VLAPolicy, source: str | Path, steps: int) 
 
 
 def _make_as_written(state: dict[str, Tensor], half: set[str]) -> None:
-    """Gives each weight its own memory, those in `half` in bfloat16, and frees the old one as it goes."""
+    """Gives each weight its own memory, those in `half` in bfloat16; a π₀.₅'s head becomes its embedding.
+
+    What nobody else holds (so not the policy) is freed as it goes.
+    """
     for name in list(state):
         w = state.pop(name)
         state[name] = (w.to(torch.bfloat16) if name in half else w.clone()).contiguous()
