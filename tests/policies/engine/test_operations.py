@@ -21,6 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3 if DEVICE == "cuda" else 1e-2}
 DTYPES = list(TOLERANCE)
 PRODUCTS = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# Sums of 256 products, which each CPU's library adds in its own order: up to 1.4e-6 from float64 on either side.
+ATTENTION = {torch.float32: 3e-6, torch.bfloat16: 5e-3}[PRODUCTS]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_attention_reads_as_many_keys_as_there_are(fused, n, slots, d):
     mask = (torch.arange(slots, device=DEVICE) < lengths[:, None])[:, None, None]
     expected = Plain().attend(q, keys, values, Seen(mask=mask), 0.3)
     values[1, :, 1 + slots // 3 :] = keys[1, :, 1 + slots // 3 :] = torch.nan  # what was there before is not read
-    assert_same(fused.attend(q, keys, values, Seen(lengths=lengths), 0.3), expected, TOLERANCE[PRODUCTS])
+    assert_same(fused.attend(q, keys, values, Seen(lengths=lengths), 0.3), expected, ATTENTION)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
