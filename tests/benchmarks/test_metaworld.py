@@ -194,16 +194,18 @@ def test_bars_compare_the_same_episodes():
     rows = report.rows_of(results)
     ours = rows[0]
     (flow,) = (row for row in rows if row["steps"] == 10)
-    mean, low, high = map(report.paired_difference(ours, flow).get, ("mean", "low", "high"))
+    found = report.paired_difference(ours, flow)
     # Per seed and task: −¼ twice and ¼ four times.
-    assert mean == pytest.approx(1 / 12) and -0.25 <= low < mean < high <= 0.5
+    assert found["mean"] == pytest.approx(1 / 12)
+    assert -0.25 <= found["low"] < found["mean"] < found["high"] <= 0.5
     # One group of many episodes: the interval is that of a mean of n, ± 1.96 standard errors.
     rng = np.random.default_rng(1)
     lone = [{"solved": {"0/a-v3": rng.integers(2, size=400)}} for _ in range(2)]
     difference = np.subtract(lone[0]["solved"]["0/a-v3"], lone[1]["solved"]["0/a-v3"])
-    mean, low, high = map(report.paired_difference(*lone).get, ("mean", "low", "high"))
+    found = report.paired_difference(*lone)
     error = 1.96 * difference.std() / np.sqrt(400)
-    assert (mean - low, high - mean) == pytest.approx((error, error), rel=0.1)
+    sides = (found["mean"] - found["low"], found["high"] - found["mean"])
+    assert sides == pytest.approx((error, error), rel=0.1)
     checks = bars(rows)
     flow = checks["flow_matching", "plain", "clean"]
     assert flow["mean"] == pytest.approx(1 / 12) and flow["seeds"] == pytest.approx([-1 / 4, 1 / 4, 1 / 4])

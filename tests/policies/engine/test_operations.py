@@ -21,8 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3 if DEVICE == "cuda" else 1e-2}
 DTYPES = list(TOLERANCE)
 PRODUCTS = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# Sums of 256 products, which each CPU's library adds in its own order: up to 1.4e-6 from float64 on either side.
-ATTENTION = {torch.float32: 3e-6, torch.bfloat16: 5e-3}[PRODUCTS]
+# Float32's sums of 256 products depend on the CPU: either side is up to 1.3e-6 from float64, where it was looked at.
+ATTENTION = 3e-6 if DEVICE == "cpu" else TOLERANCE[PRODUCTS]
 
 
 @pytest.fixture(scope="module")
