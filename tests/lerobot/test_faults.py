@@ -2,15 +2,17 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
+from unittest.mock import patch
 
 import draccus
 import numpy as np
 import pytest
 import yaml
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets import LeRobotDataset
-from lerobot.datasets.dataset_tools import recompute_stats
+from lerobot.scripts import lerobot_edit_dataset
 
 from ofp_lerobot.compat import TRAINS_LORA_BY_USE_PEFT
 from tests import runs, small
@@ -365,13 +367,22 @@ def joints(tmp_path_factory):
 
 
 def test_relative_actions_need_relative_statistics(joints, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="use_relative_actions=true, but.*recompute_stats --operation.relative"):
+    with pytest.raises(ValueError, match="use_relative_actions=true, but.*recompute_stats") as error:
         train(joints, tokenizer, tmp_path / "out", use_relative_actions="true")
-    copy = LeRobotDataset(runs.REPO, shutil.copytree(joints, tmp_path / "data"))
-    recompute_stats(copy, relative_action=True, relative_exclude_joints=["gripper"], chunk_size=small.HORIZON)
-    train(copy.root, tokenizer, tmp_path / "cured", use_relative_actions="true")
-    with pytest.raises(ValueError, match="use_relative_actions=false, but"):
-        train(copy.root, tokenizer, tmp_path / "absolute")
+    relative = follow(error.value, tmp_path / "relative")
+    train(relative, tokenizer, tmp_path / "cured", use_relative_actions="true")
+    with pytest.raises(ValueError, match="use_relative_actions=false, but") as error:
+        train(relative, tokenizer, tmp_path / "out")
+    train(follow(error.value, tmp_path / "absolute"), tokenizer, tmp_path / "cured_again")
+
+
+def follow(error, root):
+    """What the error says: LeRobot's command, typed with `root` for the new directory."""
+    said = re.search("lerobot-edit-dataset(.*?) and train with --dataset.root=<a new one>", str(error)).group(1)
+    typed = shlex.split(said.replace("<a new one>", str(root)))
+    with patch.object(sys, "argv", ["lerobot-edit-dataset", *typed]):
+        lerobot_edit_dataset.main()
+    return root
 
 
 def test_a_checkpoint_of_absolute_actions_stays_one(checkpoint, dataset, tmp_path):

@@ -3,15 +3,19 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.datasets import LeRobotDataset
+from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionSinusoidalPosEmb
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
+from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.objectives import OBJECTIVES
 from ofp_lerobot.objectives.mean_flow import with_derivative
 from ofp_lerobot.policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
@@ -175,6 +179,59 @@ def test_resumed_equals_uninterrupted_and_loads_bit_for_bit(trained, tmp_path):
     data, noise = {OBS_STATE: torch.randn(3, small.STATES)}, torch.randn(3, HORIZON, small.ACTIONS)
     answers = [policy.predict_action_chunk(data, noise=noise) for policy in (first, second)]
     assert answers[0].shape == (3, HORIZON, small.ACTIONS) and torch.equal(*answers)
+
+
+def follows_the_state(frame, i):
+    frame["observation.state"] = np.full(small.STATES, 1.5 + 0.02 * i, np.float32)
+    frame["action"] = frame["observation.state"] + np.float32(0.02)
+
+
+def test_relative_actions(trained, tmp_path):
+    data = runs.make_dataset(tmp_path / "data", cameras=(), change=follows_the_state)
+    flags = unet_flags(use_relative_actions="true")
+    with pytest.raises(
+        ValueError, match="use_relative_actions=true, but.*recompute_stats.*--operation.relative_action=true"
+    ):
+        runs.lerobot_train(*runs.train_flags(data, tmp_path / "refused", steps=1), *flags)
+    recompute_stats(
+        LeRobotDataset(runs.REPO, data), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
+    )
+    runs.lerobot_train(*runs.train_flags(data, tmp_path / "out", steps=1), *flags)
+    saved = runs.checkpoint(tmp_path / "out", 1)
+
+    policy = OFPUnetPolicy.from_pretrained(saved)
+    before, after = make_pre_post_processors(policy.config, pretrained_path=saved)
+    stats = LeRobotDataset(runs.REPO, data).meta.stats[ACTION]
+    state, actions = np.array([1.0, 2, 3, 4, 5]), np.arange(HORIZON * small.ACTIONS).reshape(HORIZON, small.ACTIONS) / 9
+    relative = actions - state * [1, 1, 1, 1, 0]  # the gripper stays absolute
+    expected = 2 * (relative - stats["min"]) / (stats["max"] - stats["min"]) - 1
+    frame = {OBS_STATE: torch.tensor(state, dtype=torch.float32), ACTION: torch.tensor(actions, dtype=torch.float32)}
+    normalised = before({**frame, ACTION: frame[ACTION][None]})[ACTION]
+    np.testing.assert_allclose(normalised[0].numpy(), expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(after(normalised)[0].numpy(), actions, atol=1e-3)
+
+    plans = [
+        Runner.load(str(saved), device="cpu", execution_horizon=HORIZON).session(seed=1).infer({OBS_STATE: s}).actions
+        for s in (np.zeros(5, np.float32), np.full(5, 9, np.float32))
+    ]
+    assert np.abs(plans[0][:, :4]).max() < 1 and np.abs(plans[1][:, :4] - 9).max() < 1
+    with pytest.raises(ValueError, match=r"relative.*use ofp-compare or ofp-serve, or --policy.n_action_steps=1"):
+        policy.select_action({OBS_STATE: frame[OBS_STATE][None]})
+    config = OFPUnetConfig.from_pretrained(saved)
+    config.use_relative_actions = False
+    with pytest.raises(ValueError, match="trained on relative actions: set --policy.use_relative_actions=true"):
+        OFPUnetPolicy.from_pretrained(saved, config=config)
+    config = OFPUnetConfig.from_pretrained(runs.checkpoint(trained, 4))
+    config.use_relative_actions = True
+    with pytest.raises(ValueError, match="trained on absolute actions.*set --policy.use_relative_actions=false"):
+        OFPUnetPolicy.from_pretrained(runs.checkpoint(trained, 4), config=config)
+
+
+def test_relative_actions_need_a_state_as_long():
+    with pytest.raises(ValueError, match="needs observation.state"):
+        unet_policy({OBS_ENV_STATE: ENVIRONMENT}, use_relative_actions=True)
+    with pytest.raises(ValueError, match="subtracts the state, which has 3 dimensions, from actions of 5"):
+        unet_policy({OBS_STATE: PolicyFeature(FeatureType.STATE, (3,))}, use_relative_actions=True)
 
 
 def test_foreign_weights_are_refused(trained, tmp_path):

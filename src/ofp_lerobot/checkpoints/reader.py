@@ -226,7 +226,7 @@ def load_processors(
     if broken := [problem.text for problem in statistics_problems(preprocessor, config) if problem.kind == "broken"]:
         raise UserError(
             f"the statistics in the processors of {source} cannot normalise anything: {'; '.join(broken)}. Compute the "
-            f"dataset's anew with {RECOMPUTE} --repo_id=<dataset>, and train again from there"
+            f"dataset's anew with {RECOMPUTE}, and train again from there"
         )
     return processors
 

@@ -29,6 +29,7 @@ from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
 from .normalisation import FAR, check_first_batch, lacking
+from .relative import check_relative_features
 from .scalars import LaggingScalars
 from .sources import read_statistics
 from .states import StateCheck
@@ -64,6 +65,7 @@ class FlowMapPolicy(PreTrainedPolicy):
     def __init__(self, config: Any, dataset_stats: dict[str, dict[str, Any]] | None = None) -> None:
         """dataset_stats: of the dataset that it trains on."""
         super().__init__(config)
+        check_relative_features(config)
         renamed = rename_map(resumed_from(config.pretrained_path))
         self._dataset_stats = under_policy_names(dataset_stats, renamed)
         self._source: tuple[str | Path | None, dict[str, Any]] = None, {}  # the checkpoint it was read from, the Hub's
@@ -344,8 +346,10 @@ class FlowMapPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The next action (b, action), from a new chunk every `n_action_steps` calls.
 
-        With `warm_start` a new chunk starts from the last one's unexecuted actions, per row.
+        With `warm_start` a new chunk starts from the last one's unexecuted actions, per row. Raises ValueError where
+        relative actions would be queued, or start a chunk.
         """
+        self._refuse_relative_actions()
         if not self._action_queue:
             executed = self.config.n_action_steps
             if self.config.warm_start and executed == self.config.chunk_size and not self._told_of_no_rest:
@@ -360,6 +364,22 @@ class FlowMapPolicy(PreTrainedPolicy):
             self._action_queue.extend(chunk[:, :executed].transpose(0, 1))
             self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None
         return self._action_queue.popleft()
+
+    def _refuse_relative_actions(self) -> None:
+        """LeRobot's postprocessor adds the newest state, and a queued action is relative to its chunk's."""
+        if not getattr(self.config, "use_relative_actions", False):
+            return
+        if self.config.n_action_steps > 1:
+            real_time = "--inference.type=rtc in lerobot-rollout, " if hasattr(self.config, "rtc_config") else ""
+            raise ValueError(
+                "the actions are relative to the state of their chunk, and what select_action queues is added to later "
+                f"states: use ofp-compare or ofp-serve, {real_time}or --policy.n_action_steps=1"
+            )
+        if self.config.warm_start:
+            raise ValueError(
+                "warm_start with relative actions needs leftovers re-anchored on the new state, which select_action "
+                "has not: set --policy.warm_start=0, or pass prev_chunk_left_over to predict_action_chunk"
+            )
 
     def _start(
         self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device

@@ -1,16 +1,23 @@
-"""Whether statistics are of absolute actions or of relative ones, which LeRobot does not tell apart.
+"""Actions relative to the state: LeRobot's processor steps, and what must agree with `use_relative_actions`.
 
-A relative action is the action minus the state at the chunk's start. Trained with statistics of the other kind a
-policy learns in a corner of its range, or far outside it, and nothing else shows it.
+A relative action is the action minus the state at the chunk's start. LeRobot does not tell whether statistics are of
+absolute actions or of relative ones. Trained with those of the other kind a policy learns in a corner of its range, or
+far outside it, and nothing else shows it.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from lerobot.processor import RelativeActionsProcessorStep
+from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
+
+from .normalisation import RECOMPUTE
+
+logger = logging.getLogger(__name__)
 
 EPISODES, CHUNKS = 16, 512  # read at most, evenly spaced
 # Distance of statistics to what they are not of, and how much nearer the other kind must be. On joints relative and
@@ -26,11 +33,62 @@ class Samples(NamedTuple):
     dimensions: np.ndarray
 
 
+def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, AbsoluteActionsProcessorStep]:
+    """Actions relative to the state, where that is set, and back with the same state."""
+    relative = RelativeActionsProcessorStep(
+        enabled=config.use_relative_actions,
+        exclude_joints=config.relative_exclude_joints,
+        action_names=config.action_feature_names,
+    )
+    return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
+
+
+def check_relative_features(config: Any) -> None:
+    """Raises ValueError where actions are to be relative to a state that is not there, or is shorter than they are."""
+    if not getattr(config, "use_relative_actions", False) or not config.output_features:
+        return
+    state, action = config.robot_state_feature, config.output_features.get(ACTION)
+    if state is None:
+        raise ValueError(
+            "use_relative_actions=true needs observation.state among the policy's input_features: set "
+            "--policy.use_relative_actions=false"
+        )
+    if action is not None and state.shape[0] < action.shape[0]:
+        raise ValueError(
+            f"use_relative_actions=true subtracts the state, which has {state.shape[0]} dimensions, from actions of "
+            f"{action.shape[0]}: set --policy.use_relative_actions=false"
+        )
+
+
+def check_relative_steps(
+    config: Any, steps: Mapping[str, Mapping[str, Any]], kind: str | None, source: str | Path
+) -> None:
+    """Raises ValueError where `use_relative_actions` contradicts the checkpoint that is loaded.
+
+    LeRobot takes the processors from there. One of another policy's type may be a base model for any robot, and is
+    only warned of. steps: settings of its preprocessor's steps, by registry name. kind: its policy's type.
+    """
+    relative = steps.get("relative_actions_processor")
+    if relative is None:
+        if config.use_relative_actions:
+            raise ValueError(
+                f"the processors of {source} cannot make actions relative: set --policy.use_relative_actions=false, or "
+                "add the steps relative_actions_processor and absolute_actions_processor to a local copy"
+            )
+    elif relative.get("enabled") and not config.use_relative_actions:
+        raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
+    elif config.use_relative_actions and not relative.get("enabled"):
+        change = f"{source} was trained on absolute actions, use_relative_actions=true makes them relative"
+        if kind == config.type:
+            raise ValueError(f"{change}: set --policy.use_relative_actions=false")
+        logger.warning("%s: right for a base model, wrong for one that was trained on this robot", change)
+
+
 def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
     """Raises ValueError where statistics are plainly of the other kind of actions than `use_relative_actions` says.
 
-    config: a π₀.₅ policy's. metadata: of a LeRobotDataset that is on this machine; where it is not, or has no state
-    beside the actions, nothing is said.
+    config: a policy's with LeRobot's fields for relative actions. metadata: of a LeRobotDataset that is on this
+    machine; where it is not, or has no state beside the actions, nothing is said.
     """
     of_actions = (statistics or {}).get(ACTION, {})
     if not {"mean", "std"} <= of_actions.keys():
@@ -43,18 +101,19 @@ def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | N
     mine, other = (relative, absolute) if config.use_relative_actions else (absolute, relative)
     if mine < _APART or other > _NEARER * mine:
         return
-    kept = [str(name) for name in config.relative_exclude_joints]
+    recompute = RECOMPUTE.replace("<dataset>", metadata.repo_id).replace("<its directory>", str(metadata.root))
     if config.use_relative_actions:
+        kept = [str(name) for name in config.relative_exclude_joints]
         raise ValueError(
             "use_relative_actions=true, but the dataset's statistics are those of absolute actions: compute relative "
-            "ones with lerobot-edit-dataset --operation.type=recompute_stats --operation.relative_action=true "
-            f'--operation.chunk_size={config.chunk_size} --operation.relative_exclude_joints="{kept}" '
-            "--operation.overwrite=true --repo_id=<dataset>, or set --policy.use_relative_actions=false"
+            f"ones with {recompute} --operation.relative_action=true --operation.chunk_size={config.chunk_size} "
+            f'--operation.relative_exclude_joints="{kept}" and train with --dataset.root=<a new one>, or set '
+            "--policy.use_relative_actions=false"
         )
     raise ValueError(
         "use_relative_actions=false, but the dataset's statistics are those of relative actions: set "
-        "--policy.use_relative_actions=true, or compute absolute ones with lerobot-edit-dataset "
-        "--operation.type=recompute_stats --operation.overwrite=true --repo_id=<dataset>"
+        f"--policy.use_relative_actions=true, or compute absolute ones with {recompute} and train with "
+        "--dataset.root=<a new one>"
     )
 
 

@@ -41,7 +41,7 @@ def check_statistics(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata)
         )
     step = normaliser(checkpoint.preprocessor)
     try:
-        if hasattr(config, "use_relative_actions"):  # `ofp_unet` knows absolute ones only
+        if hasattr(config, "use_relative_actions"):
             check_relative(config, metadata, step.stats if step is not None else None)
     except ValueError as error:
         raise UserError(f"the checkpoint was trained with statistics of the other kind of actions: {error}") from error

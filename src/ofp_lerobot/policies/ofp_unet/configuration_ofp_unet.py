@@ -1,6 +1,6 @@
 """Configuration of the `ofp_unet` policy: LeRobot's `diffusion` with the one-step method's settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lerobot.configs import PreTrainedConfig
@@ -30,6 +30,11 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     # From scratch and with group norm, as the original diffusion policy.
     pretrained_backbone_weights: str | None = None
     use_group_norm: bool = True
+
+    # As π₀.₅'s of LeRobot: the action minus the state at the chunk's start, but for the joints whose names hold these.
+    use_relative_actions: bool = False
+    relative_exclude_joints: list[str] = field(default_factory=lambda: ["gripper"])
+    action_feature_names: list[str] | None = None  # LeRobot sets them from the dataset
 
     # Of the learning rate, after a warm-up: a cosine of so many steps, of `--steps` where that is less.
     scheduler_decay_steps: int = 30_000

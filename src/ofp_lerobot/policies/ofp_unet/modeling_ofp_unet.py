@@ -14,7 +14,8 @@ from torch import Tensor
 from ...flow_map.path import sample_chunk
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
-from ..sources import HUB
+from ..relative import check_relative, check_relative_steps
+from ..sources import HUB, PREPROCESSOR, find_file, read_json
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
@@ -26,20 +27,34 @@ class OFPUnetPolicy(FlowMapPolicy):
     name = "ofp_unet"
     encoder = "encoder."
 
-    def __init__(self, config: OFPUnetConfig, dataset_stats: Any = None, **kwargs: Any) -> None:
-        """dataset_stats: only checked, normalisation is the processors' work. Raises ValueError on bad settings."""
+    def __init__(
+        self, config: OFPUnetConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
+    ) -> None:
+        """dataset_stats and dataset_meta: only checked, normalisation is the processors' work.
+
+        Raises ValueError on bad settings, and on statistics of the other kind of actions.
+        """
         super().__init__(config, dataset_stats)
         config.require_device()
         config.validate_features()
         require_usable_statistics(config, self._dataset_stats)
+        if dataset_meta is not None:
+            check_relative(config, dataset_meta, self._dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
         self._init_training()
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """An `ofp_unet` checkpoint of any objective, from a directory or the Hub; always strict."""
+        """An `ofp_unet` checkpoint of any objective, from a directory or the Hub; always strict.
+
+        Raises ValueError where relative actions are asked of a checkpoint of absolute ones, or the other way round.
+        """
         policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
-        policy._source = pretrained_name_or_path, {name: kwargs[name] for name in HUB if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        if (path := find_file(pretrained_name_or_path, PREPROCESSOR, **hub)) is not None:
+            steps = {step.get("registry_name"): step.get("config", {}) for step in read_json(path)["steps"]}
+            check_relative_steps(policy.config, steps, cls.name, pretrained_name_or_path)
+        policy._source = pretrained_name_or_path, hub
         return policy
 
     def prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

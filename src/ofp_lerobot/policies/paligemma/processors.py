@@ -1,24 +1,10 @@
-"""The steps that π₀'s and π₀.₅'s pipelines share."""
+"""The tokenizer step that π₀'s and π₀.₅'s pipelines share."""
 
 from typing import Any
 
-from lerobot.processor import (
-    AbsoluteActionsProcessorStep,
-    RelativeActionsProcessorStep,
-    TokenizerProcessorStep,
-)
+from lerobot.processor import TokenizerProcessorStep
 
 from .settings import PALIGEMMA_TOKENIZER
-
-
-def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, AbsoluteActionsProcessorStep]:
-    """Actions relative to the state, where that is set, and back with the same state."""
-    relative = RelativeActionsProcessorStep(
-        enabled=config.use_relative_actions,
-        exclude_joints=config.relative_exclude_joints,
-        action_names=config.action_feature_names,
-    )
-    return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
 
 
 def make_tokenizer(config: Any, length: int) -> TokenizerProcessorStep:

@@ -305,18 +305,6 @@ class VLAPolicy(FlowMapPolicy):
             raise ValueError(
                 "real-time chunking works through predict_action_chunk: disable rtc_config for select_action"
             )
-        if self.config.n_action_steps > 1 and getattr(self.config, "use_relative_actions", False):
-            # LeRobot's postprocessor adds the newest state, and a queued action is relative to its chunk's.
-            raise ValueError(
-                "the actions are relative to the state of their chunk, and what select_action queues is added to later "
-                "states: use ofp-compare or ofp-serve, --inference.type=rtc in lerobot-rollout, or "
-                "--policy.n_action_steps=1"
-            )
-        if self.config.warm_start and getattr(self.config, "use_relative_actions", False):
-            raise ValueError(
-                "warm_start with relative actions needs leftovers re-anchored on the new state, which select_action "
-                "has not: set --policy.warm_start=0, or pass prev_chunk_left_over to predict_action_chunk"
-            )
         return super().select_action(batch, noise=noise)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...compat import FOREIGN, check_readable_processors, released_name, released_names
+from ..relative import check_relative_steps
 from ..sources import PREPROCESSOR, find_file, read_json
 
 logger = logging.getLogger(__name__)
@@ -142,21 +143,8 @@ def check_processors(config: Any, checkpoint: dict[str, Any], source: str | Path
                 f"{filename} says {name}={tokenizer.get(name)!r}. Drop the setting, or edit {filename} in a local copy "
                 f"of {source} and start from that copy"
             )
-    if not hasattr(config, "use_relative_actions"):
-        return
-    relative = steps.get("relative_actions_processor")
-    if relative is not None and relative.get("enabled") and not config.use_relative_actions:
-        raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
-    if relative is not None and not relative.get("enabled") and config.use_relative_actions:
-        change = f"{source} was trained on absolute actions, use_relative_actions=true makes them relative"
-        if checkpoint.get("type") == config.type:
-            raise ValueError(f"{change}: set --policy.use_relative_actions=false")
-        logger.warning("%s: right for a base model, wrong for one that was trained on this robot", change)
-    if relative is None and config.use_relative_actions:
-        raise ValueError(
-            f"the processors of {source} cannot make actions relative: set --policy.use_relative_actions=false, or add "
-            "the steps relative_actions_processor and absolute_actions_processor to a local copy"
-        )
+    if hasattr(config, "use_relative_actions"):
+        check_relative_steps(config, steps, checkpoint.get("type"), source)
 
 
 def load_state_dict(source: str | Path, *, old_names: Mapping[str, str] | None = None, **hub: Any) -> dict[str, Tensor]:
