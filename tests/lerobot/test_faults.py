@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import sys
-from unittest.mock import patch
 
 import draccus
 import numpy as np
@@ -366,23 +365,23 @@ def joints(tmp_path_factory):
     return runs.make_dataset(tmp_path_factory.mktemp("joints") / "data", change=follows_the_state)
 
 
-def test_relative_actions_need_relative_statistics(joints, tokenizer, tmp_path):
+def test_relative_actions_need_relative_statistics(joints, tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="use_relative_actions=true, but.*recompute_stats") as error:
         train(joints, tokenizer, tmp_path / "out", use_relative_actions="true")
-    relative = follow(error.value, tmp_path / "relative")
+    relative = follow(error.value, tmp_path / "relative ones", monkeypatch)
     train(relative, tokenizer, tmp_path / "cured", use_relative_actions="true")
     with pytest.raises(ValueError, match="use_relative_actions=false, but") as error:
         train(relative, tokenizer, tmp_path / "out")
-    train(follow(error.value, tmp_path / "absolute"), tokenizer, tmp_path / "cured_again")
+    train(follow(error.value, tmp_path / "absolute", monkeypatch), tokenizer, tmp_path / "cured_again")
 
 
-def follow(error, root):
-    """What the error says: LeRobot's command, typed with `root` for the new directory."""
-    said = re.search("lerobot-edit-dataset(.*?) and train with --dataset.root=<a new one>", str(error)).group(1)
-    typed = shlex.split(said.replace("<a new one>", str(root)))
-    with patch.object(sys, "argv", ["lerobot-edit-dataset", *typed]):
-        lerobot_edit_dataset.main()
-    return root
+def follow(error, home, monkeypatch):
+    """The data set that LeRobot's command writes into its `home`, typed as the error says it."""
+    said = re.search(r"(lerobot-edit-dataset.*), then train on the copy .* --dataset.repo_id=(\S+)", str(error))
+    monkeypatch.setattr(lerobot_edit_dataset, "HF_LEROBOT_HOME", home)
+    monkeypatch.setattr(sys, "argv", shlex.split(said.group(1)))
+    lerobot_edit_dataset.main()
+    return home / said.group(2)
 
 
 def test_a_checkpoint_of_absolute_actions_stays_one(checkpoint, dataset, tmp_path):

@@ -238,13 +238,16 @@ def test_damaged_configuration(copy):
 
 
 @pytest.mark.parametrize(
-    ("steps", "setting", "message"),
+    ("step", "setting", "message"),
     [
-        ([{"registry_name": "relative_actions_processor", "config": {"enabled": True}}], False, "=true"),
-        ([], True, "=false"),
+        ({"enabled": True}, False, "use_relative_actions=true"),
+        ({"enabled": False}, True, "use_relative_actions=false"),
+        (None, True, "use_relative_actions=false"),
+        ({"enabled": True, "exclude_joints": ["claw"]}, True, "relative_exclude_joints='.\"claw\".'"),
     ],
 )
-def test_relative_actions_must_agree_with_the_processors(copy, steps, setting, message):
+def test_relative_actions_must_agree_with_the_processors(copy, step, setting, message):
+    steps = [] if step is None else [{"registry_name": "relative_actions_processor", "config": step}]
     (copy / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
-    with pytest.raises(ValueError, match=f"--policy.use_relative_actions{message}"):
+    with pytest.raises(ValueError, match=f"set --policy.{message}"):
         OFPPolicy.from_pretrained(copy, config=small.ofp_config(use_relative_actions=setting))

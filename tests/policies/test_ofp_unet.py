@@ -188,16 +188,17 @@ def follows_the_state(frame, i):
 
 def test_relative_actions(trained, tmp_path):
     data = runs.make_dataset(tmp_path / "data", cameras=(), change=follows_the_state)
-    flags = unet_flags(use_relative_actions="true")
+    wanted = unet_flags(use_relative_actions="true")
     with pytest.raises(
         ValueError, match="use_relative_actions=true, but.*recompute_stats.*--operation.relative_action=true"
     ):
-        runs.lerobot_train(*runs.train_flags(data, tmp_path / "refused", steps=1), *flags)
+        runs.lerobot_train(*runs.train_flags(data, tmp_path / "refused", steps=1), *wanted)
     recompute_stats(
         LeRobotDataset(runs.REPO, data), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
     )
-    runs.lerobot_train(*runs.train_flags(data, tmp_path / "out", steps=1), *flags)
+    runs.lerobot_train(*runs.train_flags(data, tmp_path / "out", steps=1), *wanted)
     saved = runs.checkpoint(tmp_path / "out", 1)
+    runs.lerobot_train(*runs.train_flags(data, tmp_path / "tuned", steps=1), f"--policy.path={saved}")
 
     policy = OFPUnetPolicy.from_pretrained(saved)
     before, after = make_pre_post_processors(policy.config, pretrained_path=saved)
@@ -223,15 +224,13 @@ def test_relative_actions(trained, tmp_path):
         OFPUnetPolicy.from_pretrained(saved, config=config)
     config = OFPUnetConfig.from_pretrained(runs.checkpoint(trained, 4))
     config.use_relative_actions = True
-    with pytest.raises(ValueError, match="trained on absolute actions.*set --policy.use_relative_actions=false"):
-        OFPUnetPolicy.from_pretrained(runs.checkpoint(trained, 4), config=config)
-
-
-def test_relative_actions_need_a_state_as_long():
-    with pytest.raises(ValueError, match="needs observation.state"):
-        unet_policy({OBS_ENV_STATE: ENVIRONMENT}, use_relative_actions=True)
-    with pytest.raises(ValueError, match="subtracts the state, which has 3 dimensions, from actions of 5"):
-        unet_policy({OBS_STATE: PolicyFeature(FeatureType.STATE, (3,))}, use_relative_actions=True)
+    older = shutil.copytree(runs.checkpoint(trained, 4), tmp_path / "older")  # from before there were relative actions
+    steps = json.loads((older / "policy_preprocessor.json").read_text())
+    steps["steps"] = [step for step in steps["steps"] if step["registry_name"] != "relative_actions_processor"]
+    (older / "policy_preprocessor.json").write_text(json.dumps(steps))
+    for absolute in (runs.checkpoint(trained, 4), older):
+        with pytest.raises(ValueError, match="trained on absolute actions.*set --policy.use_relative_actions=false"):
+            OFPUnetPolicy.from_pretrained(absolute, config=config)
 
 
 def test_foreign_weights_are_refused(trained, tmp_path):

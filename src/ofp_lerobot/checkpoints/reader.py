@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from ..compat import check_readable_processors, saved_elsewhere
 from ..errors import UserError
 from ..policies import sources
-from ..policies.normalisation import RECOMPUTE, Problem, find_problems, lacking
+from ..policies.normalisation import Problem, find_problems, lacking, recompute
 from ..policies.ofp_unet.configuration_ofp_unet import OFPUnetConfig
 from ..policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from ..policies.training_state import load_training_state, state_path
@@ -226,7 +226,7 @@ def load_processors(
     if broken := [problem.text for problem in statistics_problems(preprocessor, config) if problem.kind == "broken"]:
         raise UserError(
             f"the statistics in the processors of {source} cannot normalise anything: {'; '.join(broken)}. Compute the "
-            f"dataset's anew with {RECOMPUTE}, and train again from there"
+            f"dataset's anew by {recompute()}"
         )
     return processors
 

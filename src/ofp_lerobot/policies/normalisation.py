@@ -40,11 +40,17 @@ _STOP = {NormalizationMode.MEAN_STD: 10_000.0}, 100.0
 _DOMINATES, _DOMINATES_BATCH = 3.0, 30.0
 FAR = 3.0  # half of a dimension's values beyond this: the statistics are of other data
 
-RECOMPUTE = (
-    "lerobot-edit-dataset --operation.type=recompute_stats --repo_id=<dataset> --root=<its directory> "
-    "--new_root=<a new one>"
-)
-"""Without --new_root LeRobot writes <dataset>_recomputed_stats, also where it is told to overwrite."""
+
+def recompute(repo_id: str = "<dataset>", root: str = "<its directory>", *flags: str) -> str:
+    """How to compute a dataset's statistics anew, to follow "by". root: quoted for a shell.
+
+    LeRobot writes them into a copy, also where it is told to overwrite.
+    """
+    command = f"lerobot-edit-dataset --operation.type=recompute_stats --repo_id={repo_id} --root={root}"
+    return (
+        f"{' '.join((command, *flags))}, then train on the copy that it writes, --dataset.repo_id="
+        f"{repo_id}_recomputed_stats without --dataset.root"
+    )
 
 
 def lacking(
@@ -193,7 +199,7 @@ def _number(value: Any) -> str:
 def cure(problems: Collection[Problem], features: Mapping[str, PolicyFeature], mapping: Mapped) -> str:
     """What to do about the statistics of a dataset, as a sentence."""
     if any(problem.kind == "broken" for problem in problems):
-        return f"Compute them anew: {RECOMPUTE}"
+        return f"Compute them anew by {recompute()}"
     types = {features[problem.key].type for problem in problems}
     changed = {
         **{getattr(kind, "value", kind): mode.value for kind, mode in mapping.items()},
@@ -255,7 +261,7 @@ def check_first_batch(
     )
     text = (
         f"the first batch's actions are far outside once normalised ({listed}; most should be within ±1): the "
-        f"statistics are of other data. Where the dataset was changed: {RECOMPUTE}. Where a "
+        f"statistics are of other data. Where the dataset was changed, compute them anew by {recompute()}. Where a "
         "run is resumed on other data than it was started with, start a new one from its weights with "
         "--policy.pretrained_path"
     )

@@ -29,7 +29,6 @@ from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
 from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
 from .normalisation import FAR, check_first_batch, lacking
-from .relative import check_relative_features
 from .scalars import LaggingScalars
 from .sources import read_statistics
 from .states import StateCheck
@@ -65,7 +64,6 @@ class FlowMapPolicy(PreTrainedPolicy):
     def __init__(self, config: Any, dataset_stats: dict[str, dict[str, Any]] | None = None) -> None:
         """dataset_stats: of the dataset that it trains on."""
         super().__init__(config)
-        check_relative_features(config)
         renamed = rename_map(resumed_from(config.pretrained_path))
         self._dataset_stats = under_policy_names(dataset_stats, renamed)
         self._source: tuple[str | Path | None, dict[str, Any]] = None, {}  # the checkpoint it was read from, the Hub's

@@ -5,7 +5,9 @@ absolute actions or of relative ones. Trained with those of the other kind a pol
 far outside it, and nothing else shows it.
 """
 
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from .normalisation import RECOMPUTE
+from .normalisation import recompute
 
 logger = logging.getLogger(__name__)
 
@@ -43,53 +45,47 @@ def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, Abso
     return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
 
 
-def check_relative_features(config: Any) -> None:
-    """Raises ValueError where actions are to be relative to a state that is not there, or is shorter than they are."""
-    if not getattr(config, "use_relative_actions", False) or not config.output_features:
-        return
-    state, action = config.robot_state_feature, config.output_features.get(ACTION)
-    if state is None:
-        raise ValueError(
-            "use_relative_actions=true needs observation.state among the policy's input_features: set "
-            "--policy.use_relative_actions=false"
-        )
-    if action is not None and state.shape[0] < action.shape[0]:
-        raise ValueError(
-            f"use_relative_actions=true subtracts the state, which has {state.shape[0]} dimensions, from actions of "
-            f"{action.shape[0]}: set --policy.use_relative_actions=false"
-        )
-
-
 def check_relative_steps(
     config: Any, steps: Mapping[str, Mapping[str, Any]], kind: str | None, source: str | Path
 ) -> None:
-    """Raises ValueError where `use_relative_actions` contradicts the checkpoint that is loaded.
+    """Raises ValueError where the settings of relative actions contradict the checkpoint that is loaded.
 
     LeRobot takes the processors from there. One of another policy's type may be a base model for any robot, and is
     only warned of. steps: settings of its preprocessor's steps, by registry name. kind: its policy's type.
     """
-    relative = steps.get("relative_actions_processor")
-    if relative is None:
-        if config.use_relative_actions:
+    relative, ours = steps.get("relative_actions_processor"), kind == config.type
+    if relative is not None and relative.get("enabled"):
+        kept = list(relative.get("exclude_joints") or [])
+        if not config.use_relative_actions:
+            raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
+        if ours and kept != list(config.relative_exclude_joints):
+            raise ValueError(
+                f"{source} was trained with relative_exclude_joints={kept}: set "
+                f"--policy.relative_exclude_joints={shlex.quote(json.dumps(kept))}"
+            )
+    elif config.use_relative_actions:
+        change = f"{source} was trained on absolute actions, use_relative_actions=true makes them relative"
+        if ours:
+            raise ValueError(f"{change}: set --policy.use_relative_actions=false")
+        if relative is None:
             raise ValueError(
                 f"the processors of {source} cannot make actions relative: set --policy.use_relative_actions=false, or "
                 "add the steps relative_actions_processor and absolute_actions_processor to a local copy"
             )
-    elif relative.get("enabled") and not config.use_relative_actions:
-        raise ValueError(f"{source} was trained on relative actions: set --policy.use_relative_actions=true")
-    elif config.use_relative_actions and not relative.get("enabled"):
-        change = f"{source} was trained on absolute actions, use_relative_actions=true makes them relative"
-        if kind == config.type:
-            raise ValueError(f"{change}: set --policy.use_relative_actions=false")
         logger.warning("%s: right for a base model, wrong for one that was trained on this robot", change)
 
 
 def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
-    """Raises ValueError where statistics are plainly of the other kind of actions than `use_relative_actions` says.
+    """Raises ValueError where a dataset does not go with `use_relative_actions`.
+
+    That is where its statistics are plainly of the other kind of actions, its state is shorter than they are, or its
+    names do not tell the joints apart that are to stay absolute.
 
     config: a policy's with LeRobot's fields for relative actions. metadata: of a LeRobotDataset that is on this
     machine; where it is not, or has no state beside the actions, nothing is said.
     """
+    if config.use_relative_actions:
+        _check_features(config, metadata.features)
     of_actions = (statistics or {}).get(ACTION, {})
     if not {"mean", "std"} <= of_actions.keys():
         return
@@ -101,20 +97,46 @@ def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | N
     mine, other = (relative, absolute) if config.use_relative_actions else (absolute, relative)
     if mine < _APART or other > _NEARER * mine:
         return
-    recompute = RECOMPUTE.replace("<dataset>", metadata.repo_id).replace("<its directory>", str(metadata.root))
+    where = metadata.repo_id, shlex.quote(str(metadata.root))
     if config.use_relative_actions:
-        kept = [str(name) for name in config.relative_exclude_joints]
+        kept = shlex.quote(json.dumps([str(name) for name in config.relative_exclude_joints]))
+        flags = (
+            "--operation.relative_action=true",
+            f"--operation.chunk_size={config.chunk_size}",
+            f"--operation.relative_exclude_joints={kept}",
+        )
         raise ValueError(
-            "use_relative_actions=true, but the dataset's statistics are those of absolute actions: compute relative "
-            f"ones with {recompute} --operation.relative_action=true --operation.chunk_size={config.chunk_size} "
-            f'--operation.relative_exclude_joints="{kept}" and train with --dataset.root=<a new one>, or set '
-            "--policy.use_relative_actions=false"
+            "use_relative_actions=true, but the dataset's statistics are those of absolute actions: set "
+            f"--policy.use_relative_actions=false, or compute relative ones by {recompute(*where, *flags)}"
         )
     raise ValueError(
         "use_relative_actions=false, but the dataset's statistics are those of relative actions: set "
-        f"--policy.use_relative_actions=true, or compute absolute ones with {recompute} and train with "
-        "--dataset.root=<a new one>"
+        f"--policy.use_relative_actions=true, or compute absolute ones by {recompute(*where)}"
     )
+
+
+def _check_features(config: Any, features: Mapping[str, Any]) -> None:
+    """Of a dataset that is to have relative actions. Raises ValueError."""
+    if config.robot_state_feature is None:
+        raise ValueError(
+            "actions are relative to observation.state, which the policy's input_features lack: set "
+            "--policy.use_relative_actions=false"
+        )
+    if ACTION not in features:
+        return
+    size = features[ACTION]["shape"][0]
+    state = features.get(OBS_STATE)  # elsewhere by another name, which --rename_map changes
+    if state is not None and state["shape"][0] < size:
+        raise ValueError(
+            f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "
+            "--policy.use_relative_actions=false"
+        )
+    names = features[ACTION].get("names")
+    if config.relative_exclude_joints and names is not None and len(names) != size:
+        raise ValueError(
+            f"the dataset names its {size} actions {names}, not one by one, so that relative_exclude_joints="
+            f"{config.relative_exclude_joints} finds none: set --policy.relative_exclude_joints='[]'"
+        )
 
 
 def distance(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:

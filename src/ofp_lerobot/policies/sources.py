@@ -57,10 +57,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or incomplete ({error}): download or copy it again") from error
 
 
+def read_steps(source: str | Path, **hub: Any) -> list[dict[str, Any]]:
+    """The steps of a checkpoint's preprocessor, as its file has them; none where there is no file."""
+    path = find_file(source, PREPROCESSOR, **hub)
+    return read_json(path)["steps"] if path is not None else []
+
+
 def read_statistics(source: str | Path, **hub: Any) -> dict[str, dict[str, np.ndarray]] | None:
     """What a checkpoint's preprocessor normalises with, by feature and name; None where it does not normalise."""
-    path = find_file(source, PREPROCESSOR, **hub)
-    steps = read_json(path)["steps"] if path is not None else []
+    steps = read_steps(source, **hub)
     files = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
     if not files:
         return None

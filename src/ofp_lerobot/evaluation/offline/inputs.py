@@ -13,7 +13,7 @@ from ...checkpoints.reader import normaliser, statistics_problems
 from ...datasets import DatasetSource
 from ...errors import UserError
 from ...inference.policies import ServedPolicy
-from ...policies.normalisation import RECOMPUTE
+from ...policies.normalisation import recompute
 from ...policies.relative import check_relative
 from ...policies.vla.prompt import NO_INSTRUCTION, count_empty, tasks_of
 
@@ -36,7 +36,7 @@ def check_statistics(checkpoint: ServedPolicy, metadata: LeRobotDatasetMetadata)
     if narrow := [problem.text for problem in problems if problem.kind == "narrow" and problem.key == ACTION]:
         raise UserError(
             f"the checkpoint's statistics cannot normalise its actions: {'; '.join(narrow)}. No number of steps can "
-            f"answer with these; the dataset needs other ones ({RECOMPUTE}, or --policy.normalization_mapping with "
+            f"answer with these; the dataset needs other ones ({recompute()}, or --policy.normalization_mapping with "
             "MIN_MAX for ACTION), and the policy a new training run"
         )
     step = normaliser(checkpoint.preprocessor)

@@ -15,7 +15,8 @@ from ...flow_map.path import sample_chunk
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative, check_relative_steps
-from ..sources import HUB, PREPROCESSOR, find_file, read_json
+from ..sources import HUB, read_steps
+from ..training_state import resumed_from
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
@@ -38,7 +39,7 @@ class OFPUnetPolicy(FlowMapPolicy):
         config.require_device()
         config.validate_features()
         require_usable_statistics(config, self._dataset_stats)
-        if dataset_meta is not None:
+        if dataset_meta is not None and resumed_from(config.pretrained_path) is None:
             check_relative(config, dataset_meta, self._dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
         self._init_training()
@@ -49,11 +50,12 @@ class OFPUnetPolicy(FlowMapPolicy):
 
         Raises ValueError where relative actions are asked of a checkpoint of absolute ones, or the other way round.
         """
-        policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
-        if (path := find_file(pretrained_name_or_path, PREPROCESSOR, **hub)) is not None:
-            steps = {step.get("registry_name"): step.get("config", {}) for step in read_json(path)["steps"]}
-            check_relative_steps(policy.config, steps, cls.name, pretrained_name_or_path)
+        if (config := kwargs.get("config")) is not None:
+            found = read_steps(pretrained_name_or_path, **hub)
+            steps = {step.get("registry_name", ""): step.get("config", {}) for step in found}
+            check_relative_steps(config, steps, cls.name, pretrained_name_or_path)
+        policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
         policy._source = pretrained_name_or_path, hub
         return policy
 

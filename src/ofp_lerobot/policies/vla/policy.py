@@ -109,10 +109,11 @@ class VLAPolicy(FlowMapPolicy):
         self._tokenizer = tokenizer or self._default_tokenizer(config)
         self._loaded_tokenizer: Any = None
         if dataset_meta is not None:
-            if hasattr(config, "use_relative_actions"):
+            resumed = resumed_from(config.pretrained_path)
+            if hasattr(config, "use_relative_actions") and resumed is None:  # which keeps its checkpoint's statistics
                 check_relative(config, dataset_meta, self._dataset_stats)
             state = config.robot_state_feature
-            instructions = tasks_of(dataset_meta, episodes_in_use(resumed_from(config.pretrained_path)))
+            instructions = tasks_of(dataset_meta, episodes_in_use(resumed))
             check_tasks(instructions, state.shape[0] if state else 0, self._tokenizer)
         self.model = self.make_network(config, with_weights=with_weights)
         self.model.to(config.device)
