@@ -17,7 +17,7 @@ class Observations(NamedTuple):
     """What a policy sees beside its joints, and how it is recorded and trained on by default.
 
     network(training, directory, texts): lerobot-train's flags for a policy from scratch. directory: where it may write
-    a tokenizer. texts: the instructions.
+    a tokenizer. texts: the instructions. relative: whether actions are relative to the state of their chunk.
     """
 
     config: str  # of task_config/
@@ -25,6 +25,7 @@ class Observations(NamedTuple):
     network: Callable[[Training, Path, Sequence[str]], dict[str, object]]
     demonstrations: int
     training: Training
+    relative: bool = False
 
 
 def small_pi05(training: Training, directory: Path, texts: Sequence[str]) -> dict[str, object]:
@@ -53,7 +54,8 @@ OBSERVATIONS = {
         checkout.POSES,
         checkout.POSES,
         small_unet,
-        120,
-        Training(chunk_size=16, executed=8, batch_size=64, base_steps=5000, steps=1200),
+        240,
+        Training(chunk_size=16, executed=8, batch_size=64, noise_draws=4, base_steps=5000, steps=1000),
+        relative=True,
     ),
 }

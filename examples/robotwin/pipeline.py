@@ -177,12 +177,26 @@ def convert_recordings(job: Job) -> None:
         shards = directory.glob(f"{job.dataset.name}.shards/{'[0-9]' * 5}")
         return wanted if job.dataset.is_dir() else min(wanted, SHARD * sum(1 for _ in shards))
 
-    if not is_done(directory, job.made_of):
+    chosen = [*job.made_of, *([job.settings.training.chunk_size] if job.seen.relative else [])]
+    if not is_done(directory, chosen):
         flags = [f"--output={job.dataset}", f"--repo-id={REPO_ID}", f"--episodes={wanted}", f"--workers={job.workers}"]
         command = [sys.executable, "-m", "robotwin_eval.data", "convert", str(job.recordings), *flags]
-        with stage(directory, job.made_of, goes_on=True):
+        with stage(directory, chosen, goes_on=True):
             shutil.rmtree(job.dataset, ignore_errors=True)  # whole but without a stamp: the command wants it empty
             _watch(command, job.output / "convert.txt", done, job.bar("convert", wanted))
+            if job.seen.relative:
+                _recompute(job)
+
+
+def _recompute(job: Job) -> None:
+    """Statistics of relative actions in place of the absolute ones, by LeRobot's own command."""
+    command = [str(Path(sys.executable).with_name("lerobot-edit-dataset")), f"--repo_id={REPO_ID}"]
+    command += [f"--root={job.dataset}", f"--new_root={job.dataset}", "--operation.type=recompute_stats"]
+    command += ["--operation.overwrite=true", "--operation.relative_action=true"]
+    command += [f"--operation.chunk_size={job.settings.training.chunk_size}"]
+    command += ['--operation.relative_exclude_joints=["gripper"]']
+    bar = tqdm(desc=f"statistics {job.task}", bar_format="{desc}: {elapsed}")
+    _watch(command, job.output / "statistics.txt", lambda: 0, bar)
 
 
 def train_base(job: Job) -> None:
@@ -191,6 +205,8 @@ def train_base(job: Job) -> None:
     lines = (job.dataset / "meta" / INSTRUCTIONS).read_text().splitlines()
     texts = [text for line in map(json.loads, lines) for kind in ("seen", "unseen") for text in line[kind]]
     network = job.seen.network(settings, job.output / "train" / "tokenizer", texts)
+    if job.seen.relative:
+        network = {**network, "policy.use_relative_actions": "true"}
     _train(job, job.run_of("base"), job.dataset.parent, base_flags(settings, network))
 
 

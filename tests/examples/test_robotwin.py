@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from lerobot.scripts import lerobot_edit_dataset
 
 from examples.robotwin import pipeline
 from examples.robotwin.observations import OBSERVATIONS, PICTURES, POSES
 from examples.robotwin.pipeline import INSTRUCTIONS, Job, Settings
 from ofp_lerobot.errors import UserError
+from tests import runs, small
 
 MAIN = """
 import subprocess, sys
@@ -134,11 +138,35 @@ def test_what_a_policy_of_poses_is_made_of(tmp_path, commands, monkeypatch):
     pipeline.compare(made)
     assert "--conditions=demo_poses" in commands[-1]
     assert [flags.get("policy.type") for flags in trained] == ["ofp_unet", None, None]
+    assert trained[0]["policy.use_relative_actions"] == "true"
     jobs = []
     monkeypatch.setattr(pipeline, "STAGES", (("collect", (jobs.append,)),))
     for observations in (PICTURES, POSES):
         pipeline.run(["stack"], sizes(observations), tmp_path / "both", "collect")
     assert [each.output.name for each in jobs] == ["stack", "stack_poses"]
+
+
+def test_statistics_of_relative_actions_take_the_place_of_absolute_ones(tmp_path, commands, monkeypatch):
+    """By LeRobot's command, on a data set in the place of the converted one. A policy of pictures has absolute ones."""
+    made = job(tmp_path, sizes(POSES))
+    pipeline.convert_recordings(made)
+    _, command = commands
+    shutil.rmtree(made.dataset)
+    runs.make_dataset(made.dataset, length=20, cameras=(), change=three_ahead)
+    monkeypatch.setattr(sys, "argv", command)
+    lerobot_edit_dataset.main()
+    found = json.loads((made.dataset / "meta/stats.json").read_text())
+    last = made.settings.training.chunk_size - 1  # of a chunk, counted from 0
+    assert found["action"]["max"] == pytest.approx([last + 3] * 4 + [19 + 3])  # the gripper's stay absolute
+    assert found["observation.state"]["max"] == pytest.approx([19] * 5)
+    commands.clear()
+    pipeline.convert_recordings(job(tmp_path / "pictures", sizes(PICTURES)))
+    assert ["convert" in command for command in commands] == [True]
+
+
+def three_ahead(frame, i):
+    frame["observation.state"] = np.full(small.STATES, i, np.float32)
+    frame["action"] = np.full(small.ACTIONS, i + 3, np.float32)
 
 
 @pytest.mark.parametrize("observations", [PICTURES, POSES])
