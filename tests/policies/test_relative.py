@@ -1,14 +1,12 @@
 """Statistics of absolute actions with relative ones, and the other way round."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.utils.constants import ACTION
 
-from ofp_lerobot.policies.relative import check_relative, distance, read_samples
+from ofp_lerobot.policies.relative import check_relative, check_relative_features, distance, read_samples
 from tests import runs, small
 
 
@@ -80,10 +78,15 @@ def test_data_that_cannot_tell(arm, relative_stats, tmp_path, dataset):
     ],
 )
 def test_data_that_cannot_have_relative_actions(arm, inputs, features, message):
-    made, metadata = config(True), SimpleNamespace(features={**arm.meta.features, **features})
+    made = config(True)
     made.input_features = made.input_features if inputs is None else inputs
     with pytest.raises(ValueError, match=message):
-        check_relative(made, metadata, None)
+        check_relative_features(made, {**arm.meta.features, **features})
+
+
+def test_data_that_can(arm):
+    check_relative_features(config(True), arm.meta.features)
+    check_relative_features(config(False), {ACTION: {"shape": (5,)}, "observation.state": {"shape": (3,)}})
 
 
 def test_what_is_read(arm):

@@ -44,7 +44,7 @@ FAR = 3.0  # half of a dimension's values beyond this: the statistics are of oth
 def recompute(repo_id: str = "<dataset>", root: str = "<its directory>", *flags: str) -> str:
     """How to compute a dataset's statistics anew, to follow "by". root: quoted for a shell.
 
-    LeRobot writes them into a copy, also where it is told to overwrite.
+    LeRobot writes them into a copy, also with --operation.overwrite, unless --new_root names the dataset's directory.
     """
     command = f"lerobot-edit-dataset --operation.type=recompute_stats --repo_id={repo_id} --root={root}"
     return (

@@ -45,6 +45,35 @@ def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, Abso
     return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
 
 
+def check_relative_features(config: Any, features: Mapping[str, Any]) -> None:
+    """Raises ValueError where relative actions are asked for, and a dataset of these features cannot have them.
+
+    That is where its state is shorter than its actions, or its names do not tell the joints apart that stay absolute.
+    """
+    if not config.use_relative_actions:
+        return
+    if config.robot_state_feature is None:
+        raise ValueError(
+            "actions are relative to observation.state, which the policy's input_features lack: set "
+            "--policy.use_relative_actions=false"
+        )
+    if ACTION not in features:
+        return
+    size = features[ACTION]["shape"][0]
+    state = features.get(OBS_STATE)  # elsewhere by another name, which --rename_map changes
+    if state is not None and state["shape"][0] < size:
+        raise ValueError(
+            f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "
+            "--policy.use_relative_actions=false"
+        )
+    names = features[ACTION].get("names")
+    if config.relative_exclude_joints and names is not None and len(names) != size:
+        raise ValueError(
+            f"the dataset names its {size} actions {names}, not one by one, so that relative_exclude_joints="
+            f"{config.relative_exclude_joints} finds none: set --policy.relative_exclude_joints='[]'"
+        )
+
+
 def check_relative_steps(
     config: Any, steps: Mapping[str, Mapping[str, Any]], kind: str | None, source: str | Path
 ) -> None:
@@ -76,16 +105,11 @@ def check_relative_steps(
 
 
 def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
-    """Raises ValueError where a dataset does not go with `use_relative_actions`.
-
-    That is where its statistics are plainly of the other kind of actions, its state is shorter than they are, or its
-    names do not tell the joints apart that are to stay absolute.
+    """Raises ValueError where statistics are plainly of the other kind of actions than `use_relative_actions` says.
 
     config: a policy's with LeRobot's fields for relative actions. metadata: of a LeRobotDataset that is on this
     machine; where it is not, or has no state beside the actions, nothing is said.
     """
-    if config.use_relative_actions:
-        _check_features(config, metadata.features)
     of_actions = (statistics or {}).get(ACTION, {})
     if not {"mean", "std"} <= of_actions.keys():
         return
@@ -113,30 +137,6 @@ def check_relative(config: Any, metadata: Any, statistics: Mapping[str, Any] | N
         "use_relative_actions=false, but the dataset's statistics are those of relative actions: set "
         f"--policy.use_relative_actions=true, or compute absolute ones by {recompute(*where)}"
     )
-
-
-def _check_features(config: Any, features: Mapping[str, Any]) -> None:
-    """Of a dataset that is to have relative actions. Raises ValueError."""
-    if config.robot_state_feature is None:
-        raise ValueError(
-            "actions are relative to observation.state, which the policy's input_features lack: set "
-            "--policy.use_relative_actions=false"
-        )
-    if ACTION not in features:
-        return
-    size = features[ACTION]["shape"][0]
-    state = features.get(OBS_STATE)  # elsewhere by another name, which --rename_map changes
-    if state is not None and state["shape"][0] < size:
-        raise ValueError(
-            f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "
-            "--policy.use_relative_actions=false"
-        )
-    names = features[ACTION].get("names")
-    if config.relative_exclude_joints and names is not None and len(names) != size:
-        raise ValueError(
-            f"the dataset names its {size} actions {names}, not one by one, so that relative_exclude_joints="
-            f"{config.relative_exclude_joints} finds none: set --policy.relative_exclude_joints='[]'"
-        )
 
 
 def distance(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from .. import sources
 from ..asked import episodes_in_use
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
-from ..relative import check_relative
+from ..relative import check_relative, check_relative_features
 from ..training_state import resumed_from
 from . import weights
 from .attention import Prefix
@@ -111,6 +111,7 @@ class VLAPolicy(FlowMapPolicy):
         if dataset_meta is not None:
             resumed = resumed_from(config.pretrained_path)
             if hasattr(config, "use_relative_actions") and resumed is None:  # which keeps its checkpoint's statistics
+                check_relative_features(config, dataset_meta.features)
                 check_relative(config, dataset_meta, self._dataset_stats)
             state = config.robot_state_feature
             instructions = tasks_of(dataset_meta, episodes_in_use(resumed))
