@@ -18,6 +18,7 @@ from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProce
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from .normalisation import recompute
+from .training_state import resumed_from
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,13 @@ def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, Abso
         action_names=config.action_feature_names,
     )
     return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
+
+
+def check_training_data(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
+    """`check_relative_features` and `check_relative`, but of a resumed run, which keeps its checkpoint's statistics."""
+    if resumed_from(config.pretrained_path) is None:
+        check_relative_features(config, metadata.features)
+        check_relative(config, metadata, statistics)
 
 
 def check_relative_features(config: Any, features: Mapping[str, Any]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from ...flow_map.path import sample_chunk
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
-from ..relative import check_relative, check_relative_features, check_relative_steps
+from ..relative import check_relative_steps, check_training_data
 from ..sources import HUB, read_steps
-from ..training_state import resumed_from
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
@@ -39,9 +38,8 @@ class OFPUnetPolicy(FlowMapPolicy):
         config.require_device()
         config.validate_features()
         require_usable_statistics(config, self._dataset_stats)
-        if dataset_meta is not None and resumed_from(config.pretrained_path) is None:
-            check_relative_features(config, dataset_meta.features)
-            check_relative(config, dataset_meta, self._dataset_stats)
+        if dataset_meta is not None:
+            check_training_data(config, dataset_meta, self._dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
         self._init_training()
 

@@ -26,7 +26,7 @@ from .. import sources
 from ..asked import episodes_in_use
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
-from ..relative import check_relative, check_relative_features
+from ..relative import check_training_data
 from ..training_state import resumed_from
 from . import weights
 from .attention import Prefix
@@ -109,12 +109,10 @@ class VLAPolicy(FlowMapPolicy):
         self._tokenizer = tokenizer or self._default_tokenizer(config)
         self._loaded_tokenizer: Any = None
         if dataset_meta is not None:
-            resumed = resumed_from(config.pretrained_path)
-            if hasattr(config, "use_relative_actions") and resumed is None:  # which keeps its checkpoint's statistics
-                check_relative_features(config, dataset_meta.features)
-                check_relative(config, dataset_meta, self._dataset_stats)
+            if hasattr(config, "use_relative_actions"):
+                check_training_data(config, dataset_meta, self._dataset_stats)
             state = config.robot_state_feature
-            instructions = tasks_of(dataset_meta, episodes_in_use(resumed))
+            instructions = tasks_of(dataset_meta, episodes_in_use(resumed_from(config.pretrained_path)))
             check_tasks(instructions, state.shape[0] if state else 0, self._tokenizer)
         self.model = self.make_network(config, with_weights=with_weights)
         self.model.to(config.device)
