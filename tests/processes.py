@@ -1,4 +1,4 @@
-"""Other processes, as tests watch them."""
+"""Other threads and processes, as tests watch them."""
 
 import os
 import time

@@ -384,11 +384,15 @@ def test_a_python_is_asked_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("does", "message"),
-    [("exec sleep 60", "not said in 1 s"), ("true", "does not say what it has, but ''"), ("echo hello", "but 'hello")],
+    ("does", "patience", "message"),
+    [
+        ("exec sleep 600", 0.1, "not said in 0.1 s"),
+        ("true", 60, "does not say what it has, but ''"),
+        ("echo hello", 60, "but 'hello"),
+    ],
 )
-def test_a_python_that_does_not_answer(tmp_path, monkeypatch, does, message):
-    monkeypatch.setattr(checkout, "_PATIENCE", 1)
+def test_a_python_that_does_not_answer(tmp_path, monkeypatch, does, patience, message):
+    monkeypatch.setattr(checkout, "_PATIENCE", patience)
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{does}\n")
     python.chmod(0o755)

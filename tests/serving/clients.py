@@ -34,7 +34,7 @@ def error_of(act):
 """
 
 
-def openpi_client(port, code, argument=None, timeout=60):
+def openpi_client(port, code, argument=None, timeout=120):
     """Runs `code` with openpi-client 0.1.2 and returns what it prints as JSON in its last line."""
     command = [PYTHON, "-c", _PRELUDE + code, str(port), json.dumps(argument)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -43,10 +43,10 @@ def openpi_client(port, code, argument=None, timeout=60):
 
 
 class Echo:
-    """Robots that answer with the request's own number; `slow` seconds each, or until `gate` opens."""
+    """Robots that answer with the request's own number, once `gate` is open."""
 
-    def __init__(self, slow=0.0, gate=None):
-        self.slow, self.gate = slow, gate
+    def __init__(self, gate=None):
+        self.gate = gate
         self.started = threading.Semaphore(0)
         self.running = self.most = 0
         self.robots = []
@@ -75,8 +75,7 @@ class _EchoRobot:
         echo.most = max(echo.most, echo.running)
         echo.started.release()
         if echo.gate is not None:
-            assert echo.gate.wait(20)
-        threading.Event().wait(echo.slow)
+            assert echo.gate.wait(60)
         echo.running -= 1
         self.seen.append(request["n"])
         actions = np.full((5, 2), [request["n"], self.number], np.float32)

@@ -122,7 +122,7 @@ def test_lerobots_client_drives_the_policy(server, kind, request, somewhere):
     assert client.start()
     receiver = threading.Thread(target=client.receive_actions, daemon=True)
     receiver.start()
-    client.start_barrier.wait(10)
+    client.start_barrier.wait(60)
     try:
         for _ in range(2):
             client.control_loop_observation("open the window")
@@ -134,7 +134,7 @@ def test_lerobots_client_drives_the_policy(server, kind, request, somewhere):
                 client.control_loop_action()
     finally:
         client.stop()
-        receiver.join(10)
+        receiver.join(60)
     # The second chunk starts at the last executed step, whose action the client drops.
     expected = first_chunks(kind, checkpoint, client.robot.get_observation())
     sent = np.array(client.robot.sent, np.float32)
@@ -160,7 +160,7 @@ def test_the_server_looks_at_the_first_state(server, ofp, somewhere):
     assert client.start()
     receiver = threading.Thread(target=client.receive_actions, daemon=True)
     receiver.start()
-    client.start_barrier.wait(10)
+    client.start_barrier.wait(60)
     try:
         client.control_loop_observation("open the window")
         end = time.monotonic() + 60
@@ -169,7 +169,7 @@ def test_the_server_looks_at_the_first_state(server, ofp, somewhere):
             time.sleep(0.01)
     finally:
         client.stop()
-        receiver.join(10)
+        receiver.join(60)
     log = (somewhere / "server.log").read_text()
     assert log.count("is far from what the policy was trained on: [1] is 90") == 1
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import tracemalloc
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from ofp_lerobot.serving.layouts import Translator, load_layout
 from ofp_lerobot.serving.openpi_server import PolicyRobots
 from ofp_lerobot.serving.wire import pack, unpack
 from tests import small
+from tests.processes import wait_until
 from tests.serving.clients import Echo, needs_client, openpi_client, serving
 
 LAYOUT = """
@@ -100,15 +100,8 @@ def ask(connection, n):
 
 def get(port, path, **headers):
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return response.status, response.headers["Content-Type"], response.read().decode()
-
-
-def eventually(check, timeout=10):
-    end = time.monotonic() + timeout
-    while not check():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # With openpi-client
@@ -198,18 +191,6 @@ print(json.dumps([reply["actions"].tolist() if "actions" in reply else reply for
 
 
 @needs_client
-def test_a_call_longer_than_the_keep_alive_keeps_the_connection():
-    """Both sides ping. A model on the event loop would not answer the client's, which then gives up."""
-    code = """
-import functools, websockets.sync.client as module
-module.connect = functools.partial(module.connect, ping_interval=0.2, ping_timeout=0.6)
-print(json.dumps(client().infer({"n": 1})["actions"][0, 0].item()))
-"""
-    with serving(Echo(slow=3.0), ping_interval=0.2, ping_timeout=0.6) as (port, _):
-        assert openpi_client(port, code) == 1.0
-
-
-@needs_client
 def test_bad_requests_end_their_connection_only(robots):
     code = (
         OBSERVATION
@@ -236,7 +217,7 @@ print(json.dumps([errors, other.infer(observation(0))["actions"].shape]))
     )
     with serving(robots) as (port, server):
         errors, shape = openpi_client(port, code)
-        eventually(lambda: server._connections == 0)
+        wait_until(lambda: server._connections == 0)
         assert server.statistics.summary()["errors"] == {"ObservationError": 5}
     for name, message in {
         "camera": "the request has no wrist; it has images/top, prompt, state/arm, state/gripper",
@@ -276,7 +257,7 @@ print(json.dumps(found))
         tracemalloc.start()
         before = tracemalloc.take_snapshot()
         assert openpi_client(port, code, 63) == {str(k): True for k in range(8)}
-        eventually(lambda: server._connections == 0)
+        wait_until(lambda: server._connections == 0)
         gc.collect()  # in a big process the collector comes by rarely
         grown = sum(s.size_diff for s in tracemalloc.take_snapshot().compare_to(before, "filename"))
         tracemalloc.stop()
@@ -335,7 +316,7 @@ def test_an_error_of_the_policy_sends_its_traceback():
         connection.send(pack({"no number": 1}))
         text = connection.recv()
         assert text.startswith("Traceback (most recent call last):") and "KeyError: 'n'" in text
-        eventually(lambda: server.statistics.errors == {"KeyError": 1})
+        wait_until(lambda: server.statistics.errors == {"KeyError": 1})
 
 
 def test_frames_over_the_limit():
@@ -345,7 +326,7 @@ def test_frames_over_the_limit():
         with pytest.raises(ConnectionClosed):  # with 1009, if the client still reads while it sends
             connection.send(bytes(200 * 2**20))
             connection.recv()
-        eventually(lambda: server.statistics.errors == {"frame too large": 1})
+        wait_until(lambda: server.statistics.errors == {"frame too large": 1})
         assert ask(other, 5) == [5.0, 0.0]
 
 
@@ -357,6 +338,18 @@ def test_bytes_that_are_no_http():
             assert ask(connection, 1)[0] == 1.0
 
 
+def test_a_ping_is_answered_while_the_model_works():
+    """Both sides ping. A model on the event loop would leave the client's unanswered, which then gives up."""
+    gate = threading.Event()
+    echo = Echo(gate=gate)
+    with serving(echo) as (port, _), connect(port) as connection:
+        connection.send(pack({"n": 1}))
+        assert echo.started.acquire(timeout=60)
+        assert connection.ping().wait(30)
+        gate.set()
+        assert unpack(connection.recv())["actions"][0, 0] == 1.0
+
+
 def test_a_client_that_leaves_in_mid_request():
     """The running request ends, the one that waits is dropped, later clients are answered."""
     gate = threading.Event()
@@ -364,14 +357,14 @@ def test_a_client_that_leaves_in_mid_request():
     with serving(echo) as (port, server):
         running, waiting = connect(port), connect(port)
         running.send(pack({"n": 1}))
-        assert echo.started.acquire(timeout=10)
+        assert echo.started.acquire(timeout=60)
         waiting.send(pack({"n": 2}))
-        eventually(lambda: server._pending == 2)
+        wait_until(lambda: server._pending == 2)
         for connection in (running, waiting):
             connection.socket.shutdown(socket.SHUT_RDWR)
-        eventually(lambda: server._pending == 1)
+        wait_until(lambda: server._pending == 1)
         gate.set()
-        eventually(lambda: server._connections == 0 and server._pending == 0)
+        wait_until(lambda: server._connections == 0 and server._pending == 0)
         with connect(port) as connection:
             assert ask(connection, 3) == [3.0, 2.0]
         assert server.statistics.errors == {"client left": 2}
@@ -385,7 +378,7 @@ def test_a_full_queue_refuses_and_recovers():
         connections = [connect(port) for _ in range(3)]
         for n, connection in enumerate(connections[:2]):
             connection.send(pack({"n": n}))
-            eventually(lambda n=n: server._pending == n + 1)
+            wait_until(lambda n=n: server._pending == n + 1)
         connections[2].send(pack({"n": 2}))
         assert "BusyError: 1 requests are waiting" in connections[2].recv()
         with pytest.raises(ConnectionClosed) as closed:
@@ -403,7 +396,7 @@ def test_too_many_connections():
     with serving(Echo(), max_connections=1) as (port, server):
         with connect(port), pytest.raises(InvalidStatus, match="503"):
             connect(port)
-        eventually(lambda: server._connections == 0)
+        wait_until(lambda: server._connections == 0)
         connect(port).close()
 
 
@@ -415,7 +408,7 @@ def test_healthz_and_stats():
         for n in range(3):
             ask(connection, n)
         connect(port).send("text")
-        eventually(lambda: server.statistics.errors.total() == 1)
+        wait_until(lambda: server.statistics.errors.total() == 1)
         status, kind, body = get(port, "/stats")
         stats = json.loads(body)
         assert (status, kind) == (200, "application/json")
@@ -432,12 +425,12 @@ def test_shutdown_answers_what_runs():
     with serving(echo) as (port, server):
         running, waiting, idle = (connect(port) for _ in range(3))
         running.send(pack({"n": 1}))
-        assert echo.started.acquire(timeout=10)
+        assert echo.started.acquire(timeout=60)
         waiting.send(pack({"n": 2}))
-        eventually(lambda: server._pending == 2)
+        wait_until(lambda: server._pending == 2)
         server.stop()
         with pytest.raises(ConnectionClosed) as closed:
-            idle.recv(timeout=10)
+            idle.recv(timeout=60)
         assert closed.value.rcvd.code == 1001
         with pytest.raises(OSError):
             connect(port)
@@ -447,7 +440,7 @@ def test_shutdown_answers_what_runs():
             with pytest.raises(ConnectionClosed) as closed:
                 connection.recv()
             assert closed.value.rcvd.code == 1001
-        server.thread.join(10)
+        server.thread.join(60)
         assert not server.thread.is_alive()
 
 
@@ -471,7 +464,7 @@ def test_the_command_serves_and_stops_on_a_signal(ofp, layout, capsys):
     found = []
 
     def act():
-        eventually(lambda: listens(port), timeout=60)
+        wait_until(lambda: listens(port))
         with connect(port) as connection:
             connection.send(pack(observation(0)))
             found.append(unpack(connection.recv())["policy_timing"]["evaluations"])
@@ -488,7 +481,7 @@ def test_the_command_serves_and_stops_on_a_signal(ofp, layout, capsys):
     client.start()
     flags = ["--layout", str(layout), "--port", str(port), "--device", "cpu", "--num-inference-steps", "2"]
     assert entry.load()([str(ofp), *flags]) == 0
-    client.join(10)
+    client.join(60)
     assert found[0] == 2 and found[-1] == 1001
     assert "warm_start=0.15: robots must execute all 4 actions" in capsys.readouterr().err
 

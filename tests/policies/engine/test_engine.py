@@ -332,8 +332,8 @@ def test_replays_of_two_engines_take_turns(monkeypatch):
 
     first = replaying("first", meanwhile)
     first.start()
-    first.join(10)
-    second.join(10)
+    first.join(60)
+    second.join(60)
     assert log == ["begin", "first", "replayed", "end", "begin", "second", "end"]
 
 
