@@ -41,6 +41,7 @@ def small_unet(training: Training, directory: Path, texts: Sequence[str]) -> dic
         "policy.horizon": training.chunk_size,
         "policy.n_action_steps": training.executed,
         "policy.down_dims": "[64,128]",
+        "policy.state_encoder_dim": 512,
         # LeRobot's mapping for diffusion names no ENV, which then stays as it is, in metres.
         "policy.normalization_mapping": json.dumps(dict.fromkeys(("STATE", "ENV", "ACTION"), "MEAN_STD")),
     }
@@ -54,8 +55,8 @@ OBSERVATIONS = {
         checkout.POSES,
         checkout.POSES,
         small_unet,
-        240,
-        Training(chunk_size=16, executed=8, batch_size=64, noise_draws=4, base_steps=5000, steps=1000),
+        500,
+        Training(chunk_size=16, executed=8, batch_size=32, noise_draws=2, base_steps=12000, steps=2000),
         relative=True,
     ),
 }

@@ -113,6 +113,23 @@ def test_velocity_is_lerobots_unet_with_the_gap_beside_the_observation():
             network(prefix, x[:3], t[:3], r[:3])
 
 
+def test_the_states_own_network_adds_features_beside_them():
+    """Written out by hand, with and without the environment's state; an image's features come last."""
+    mish = torch.nn.functional.mish
+    for inputs in ({OBS_STATE: STATE}, {OBS_STATE: STATE, OBS_ENV_STATE: ENVIRONMENT, CAMERA: IMAGE}):
+        policy, plain = (unet_policy(inputs, state_encoder_dim=width, resize_shape=LARGER) for width in (12, None))
+        seen = policy.prepare_observation(batch())
+        first, _, second, _, third = policy.model.encoder.states
+        hidden = mish(seen[0] @ first.weight.T + first.bias)
+        hidden = mish(hidden @ second.weight.T + second.bias) @ third.weight.T + third.bias
+        plain.model.encoder.load_state_dict(policy.model.encoder.state_dict(), strict=False)
+        features, images = (
+            policy.model.encode(*seen).features,
+            plain.model.encode(*seen).features[:, seen[0].shape[1] :],
+        )
+        torch.testing.assert_close(features, torch.cat([seen[0], hidden, images], dim=1))
+
+
 def test_the_embedding_of_the_target_time_is_lerobots_to_the_bit():
     gaps = 100 * torch.rand(50, generator=torch.Generator().manual_seed(3))
     assert torch.equal(SinusoidalEmbedding(64)(gaps), DiffusionSinusoidalPosEmb(64)(gaps))
@@ -342,6 +359,7 @@ def test_chunks_are_executed_in_order_and_the_next_starts_from_the_rest():
         ({"n_action_steps": 9}, "n_action_steps must be in"),
         ({"objective": "magic"}, "objective must be one of"),
         ({"horizon": 10}, "multiple of the downsampling factor"),
+        ({"state_encoder_dim": 0}, "state_encoder_dim must be positive or none, got 0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -352,6 +370,8 @@ def test_bad_settings_are_named(changes, message):
 def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match="the policy needs observation.state"):
         unet_policy({"other": STATE})
+    with pytest.raises(ValueError, match="set --policy.state_encoder_dim=null"):
+        unet_policy({CAMERA: IMAGE}, state_encoder_dim=8)
     with pytest.raises(ValueError, match=r"the batch lacks \['observation.environment_state'\]"):
         unet_policy().predict_action_chunk({OBS_STATE: torch.zeros(1, small.STATES)})
     with pytest.raises(ValueError, match="noise must be"):

@@ -31,6 +31,9 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     pretrained_backbone_weights: str | None = None
     use_group_norm: bool = True
 
+    # Width of a network of the states, whose features the U-Net reads beside them; None: it reads the states alone.
+    state_encoder_dim: int | None = None
+
     # As π₀.₅'s of LeRobot: the action minus the state at the chunk's start, but for the joints whose names hold these.
     use_relative_actions: bool = False
     relative_exclude_joints: list[str] = field(default_factory=lambda: ["gripper"])
@@ -55,6 +58,8 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps must be 1, got {self.n_obs_steps}: ofp_unet sees the current observation")
         choice("dtype", precision(self), ("float32",))
+        if self.state_encoder_dim is not None and self.state_encoder_dim < 1:
+            raise ValueError(f"state_encoder_dim must be positive or none, got {self.state_encoder_dim}")
         if self.compile_model:
             raise ValueError("ofp_unet does not compile: set --policy.compile_model=false")
 
@@ -93,6 +98,11 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
             raise ValueError(
                 "the policy needs observation.state, observation.environment_state or observation.images.* among its "
                 "input_features"
+            )
+        if self.state_encoder_dim is not None and not (self.robot_state_feature or self.env_state_feature):
+            raise ValueError(
+                "there is no observation.state or observation.environment_state for the state's encoder: set "
+                "--policy.state_encoder_dim=null"
             )
         if not self.output_features or ACTION not in self.output_features:
             raise ValueError("the policy needs 'action' among its output_features")

@@ -30,19 +30,28 @@ class Prefix(NamedTuple):
 
 
 class ObservationEncoder(nn.Module):
-    """States and images to features (b, d), by LeRobot's ResNet with spatial softmax, one for each camera or shared."""
+    """States and images to features (b, d), by LeRobot's ResNet with spatial softmax, one for each camera or shared.
+
+    The U-Net's blocks read features by one linear layer each. `state_encoder_dim` puts a network before them.
+    """
 
     def __init__(self, config: OFPUnetConfig) -> None:
         super().__init__()
         cameras = len(config.image_features)
         count = cameras if config.use_separate_rgb_encoder_per_camera else min(cameras, 1)
         self.cameras = nn.ModuleList(DiffusionRgbEncoder(config) for _ in range(count))
-        states = [f.shape[0] for f in (config.robot_state_feature, config.env_state_feature) if f is not None]
-        self.feature_dim = sum(states) + cameras * 2 * config.spatial_softmax_num_keypoints
+        states = sum(f.shape[0] for f in (config.robot_state_feature, config.env_state_feature) if f is not None)
+        width = config.state_encoder_dim
+        self.states = None
+        if width is not None:
+            self.states = nn.Sequential(
+                nn.Linear(states, width), nn.Mish(), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width)
+            )
+        self.feature_dim = states + (width or 0) + cameras * 2 * config.spatial_softmax_num_keypoints
 
     def forward(self, states: Tensor, images: Tensor | None) -> Tensor:
         """states (b, state dimensions); images (b, cameras, 3, h, w) in the processor's normalisation, None if none."""
-        features = [states]
+        features = [states] if self.states is None else [states, self.states(states)]
         if images is not None:
             for i in range(images.shape[1]):
                 features.append(self.cameras[i % len(self.cameras)](images[:, i]))
