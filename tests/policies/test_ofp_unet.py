@@ -75,7 +75,7 @@ def states_only(tmp_path_factory):
 def trained(states_only, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     flags = runs.train_flags(states_only, output, eval_steps=2, **{"dataset.eval_split": 0.34})
-    runs.lerobot_train(*flags, *unet_flags())
+    runs.lerobot_train(*flags, *unet_flags(state_encoder_dim=8))
     return output
 
 
@@ -166,7 +166,9 @@ def test_forward_derivative_of_the_network():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains_it(objective, amp):
     inputs = {OBS_STATE: STATE, CAMERA: IMAGE}
-    policy = unet_policy(inputs, objective=objective, branch=0.2, num_noise_draws=2, resize_shape=LARGER)
+    policy = unet_policy(
+        inputs, objective=objective, branch=0.2, num_noise_draws=2, resize_shape=LARGER, state_encoder_dim=8
+    )
     policy.train()
     with torch.autocast("cpu", enabled=amp):
         loss, _ = policy(batch(3), reduction="none")
@@ -248,6 +250,18 @@ def test_relative_actions(trained, tmp_path):
     for absolute in (runs.checkpoint(trained, 4), older):
         with pytest.raises(ValueError, match="trained on absolute actions.*set --policy.use_relative_actions=false"):
             OFPUnetPolicy.from_pretrained(absolute, config=config)
+
+
+def test_a_network_of_other_sizes_is_told_by_its_settings(tmp_path):
+    """Either way round; what is named makes it load."""
+    made = [unet_policy(), unet_policy(state_encoder_dim=8, down_dims=(8, 24))]
+    for i, policy in enumerate(made):
+        policy.save_pretrained(tmp_path / f"{i}")
+    with pytest.raises(ValueError, match=r"set --policy.down_dims=\[8, 24\] --policy.state_encoder_dim=8$"):
+        OFPUnetPolicy.from_pretrained(tmp_path / "1", config=made[0].config)
+    with pytest.raises(ValueError, match=r"set --policy.down_dims=\[.*\] --policy.state_encoder_dim=null$"):
+        OFPUnetPolicy.from_pretrained(tmp_path / "0", config=made[1].config)
+    OFPUnetPolicy.from_pretrained(tmp_path / "1", config=made[1].config)
 
 
 def test_foreign_weights_are_refused(trained, tmp_path):
@@ -359,7 +373,8 @@ def test_chunks_are_executed_in_order_and_the_next_starts_from_the_rest():
         ({"n_action_steps": 9}, "n_action_steps must be in"),
         ({"objective": "magic"}, "objective must be one of"),
         ({"horizon": 10}, "multiple of the downsampling factor"),
-        ({"state_encoder_dim": 0}, "state_encoder_dim must be positive or none, got 0"),
+        ({"state_encoder_dim": 0}, "state_encoder_dim must be a whole number from 1, or null, got 0"),
+        ({"state_encoder_dim": True}, "state_encoder_dim must be a whole number from 1, or null, got True"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

@@ -17,7 +17,10 @@ import msgpack
 import numpy as np
 import pytest
 import websockets.sync.client
+from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
+from websockets.uri import parse_uri
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.inference.session import Runner
@@ -339,7 +342,7 @@ def test_bytes_that_are_no_http():
 
 
 def test_a_ping_is_answered_while_the_model_works():
-    """Both sides ping. A model on the event loop would leave the client's unanswered, which then gives up."""
+    """A model on the event loop would leave a client's unanswered, which then gives up."""
     gate = threading.Event()
     echo = Echo(gate=gate)
     with serving(echo) as (port, _), connect(port) as connection:
@@ -348,6 +351,20 @@ def test_a_ping_is_answered_while_the_model_works():
         assert connection.ping().wait(30)
         gate.set()
         assert unpack(connection.recv())["actions"][0, 0] == 1.0
+
+
+def test_a_client_that_answers_no_ping_is_let_go():
+    with (
+        serving(Echo(), ping_interval=0.1, ping_timeout=0.1) as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=15) as mute,  # sooner than by the default settings
+    ):
+        client, seen = ClientProtocol(parse_uri(f"ws://127.0.0.1:{port}")), []
+        client.send_request(client.connect())
+        mute.sendall(b"".join(client.data_to_send()))
+        while Opcode.CLOSE not in seen:
+            client.receive_data(mute.recv(4096))
+            seen += [event.opcode for event in client.events_received() if isinstance(event, Frame)]
+        assert Opcode.PING in seen[:-1]
 
 
 def test_a_client_that_leaves_in_mid_request():

@@ -58,8 +58,9 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps must be 1, got {self.n_obs_steps}: ofp_unet sees the current observation")
         choice("dtype", precision(self), ("float32",))
-        if self.state_encoder_dim is not None and self.state_encoder_dim < 1:
-            raise ValueError(f"state_encoder_dim must be positive or none, got {self.state_encoder_dim}")
+        width = self.state_encoder_dim
+        if width is not None and (type(width) is not int or width < 1):
+            raise ValueError(f"state_encoder_dim must be a whole number from 1, or null, got {width}")
         if self.compile_model:
             raise ValueError("ofp_unet does not compile: set --policy.compile_model=false")
 

@@ -3,11 +3,13 @@
 Times: t = 1 noise, t = 0 action. b is the batch; actions are normalised throughout.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
@@ -15,9 +17,23 @@ from ...flow_map.path import sample_chunk
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative_steps, check_training_data
-from ..sources import HUB, read_steps
+from ..sources import HUB, find_file, read_json, read_steps
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
+
+_OF_THE_NETWORK = (
+    "down_dims",
+    "kernel_size",
+    "n_groups",
+    "diffusion_step_embed_dim",
+    "use_film_scale_modulation",
+    "state_encoder_dim",
+    "vision_backbone",
+    "use_group_norm",
+    "spatial_softmax_num_keypoints",
+    "use_separate_rgb_encoder_per_camera",
+)
+"""Settings that weights depend on."""
 
 
 class OFPUnetPolicy(FlowMapPolicy):
@@ -47,14 +63,23 @@ class OFPUnetPolicy(FlowMapPolicy):
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
         """An `ofp_unet` checkpoint of any objective, from a directory or the Hub; always strict.
 
-        Raises ValueError where relative actions are asked of a checkpoint of absolute ones, or the other way round.
+        Raises ValueError where relative actions are asked of a checkpoint of absolute ones, or the other way round, and
+        where its network has other sizes than `config`.
         """
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         if (config := kwargs.get("config")) is not None:
             found = read_steps(pretrained_name_or_path, **hub)
             steps = {step.get("registry_name", ""): step.get("config", {}) for step in found}
             check_relative_steps(config, steps, cls.name, pretrained_name_or_path)
-        policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
+        try:
+            policy = super().from_pretrained(pretrained_name_or_path, **{**kwargs, "strict": True})
+        except RuntimeError as error:  # PyTorch's, of names and shapes
+            flags = _flags_that_fit(pretrained_name_or_path, config, hub) if config is not None else []
+            if not flags:
+                raise
+            raise ValueError(
+                f"{pretrained_name_or_path} has a network of other sizes: set {' '.join(flags)}"
+            ) from error
         policy._source = pretrained_name_or_path, hub
         return policy
 
@@ -91,3 +116,13 @@ class OFPUnetPolicy(FlowMapPolicy):
         steps, sampler = self.config.num_inference_steps, self.config.sampler
         chunks = sample_chunk(partial(self.model, prefix), x, steps=steps, sampler=sampler, start=start)
         return self._require_finite(self._choose(chunks))
+
+
+def _flags_that_fit(source: str | Path, config: OFPUnetConfig, hub: dict[str, Any]) -> list[str]:
+    """Of the settings in which the network of the checkpoint is another one than `config`'s."""
+    path = find_file(source, CONFIG_NAME, **hub)
+    saved = read_json(path) if path is not None else {}
+    ours = json.loads(json.dumps({name: getattr(config, name) for name in _OF_THE_NETWORK}))
+    return [
+        f"--policy.{name}={json.dumps(saved.get(name))}" for name in _OF_THE_NETWORK if saved.get(name) != ours[name]
+    ]

@@ -32,7 +32,8 @@ class Prefix(NamedTuple):
 class ObservationEncoder(nn.Module):
     """States and images to features (b, d), by LeRobot's ResNet with spatial softmax, one for each camera or shared.
 
-    The U-Net's blocks read features by one linear layer each. `state_encoder_dim` puts a network before them.
+    The U-Net's blocks read features by one linear layer each, after an activation. `state_encoder_dim` adds those of a
+    network of the states.
     """
 
     def __init__(self, config: OFPUnetConfig) -> None:
