@@ -42,6 +42,7 @@ def small_unet(training: Training, directory: Path, texts: Sequence[str]) -> dic
         "policy.n_action_steps": training.executed,
         "policy.down_dims": "[64,128]",
         "policy.state_encoder_dim": 512,
+        "policy.normalize_each_step": "true",
         # LeRobot's mapping for diffusion names no ENV, which then stays as it is, in metres.
         "policy.normalization_mapping": json.dumps(dict.fromkeys(("STATE", "ENV", "ACTION"), "MEAN_STD")),
     }

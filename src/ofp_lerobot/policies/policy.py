@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..compat import shards_by_fsdp1, under_policy_names, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
-from ..flow_map.path import Velocity, warm_start
+from ..flow_map.path import Velocity, fit_rest, warm_start
 from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
@@ -100,6 +100,14 @@ class FlowMapPolicy(PreTrainedPolicy):
         """What `encode` takes."""
         raise NotImplementedError
 
+    def to_path(self, actions: Tensor) -> Tensor:
+        """Normalised actions (n, horizon, max_action_dim) as the flow makes them of noise; here they are the same."""
+        return actions
+
+    def from_path(self, chunks: Tensor) -> Tensor:
+        """What `to_path` made chunks (n, horizon, max_action_dim) of."""
+        return chunks
+
     # Training
 
     def _save_training_state(self, directory: Path) -> None:
@@ -141,7 +149,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         losses = self._objective.function(
             self._bind(prefix),
             self._bind_teacher(prefix.detach()),
-            actions.repeat(draws, 1, 1),
+            self.to_path(actions).repeat(draws, 1, 1),
             mask.repeat(draws, 1, 1),
             self.config,
             self._step,
@@ -153,7 +161,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self.training and due:
             self._diagnosis = diagnose(
                 self._bind(prefix.detach().head(ROWS)),
-                actions[:ROWS],
+                self.to_path(actions[:ROWS]),
                 mask[:ROWS],
                 self._generator(_MONITOR, actions.device),
             )
@@ -382,7 +390,7 @@ class FlowMapPolicy(PreTrainedPolicy):
     def _start(
         self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device
     ) -> tuple[Tensor, float]:
-        """Where sampling starts: x (test_time_samples·b, horizon, action_dim) at a time.
+        """Where sampling starts: x (test_time_samples·b, horizon, action_dim), as of `to_path`, at a time.
 
         noise is standard normal before `noise_temperature`, drawn where not given; rest as of `_usable_rest`.
         """
@@ -396,7 +404,8 @@ class FlowMapPolicy(PreTrainedPolicy):
         noise = self.config.noise_temperature * noise.to(device, torch.float32)
         if rest is None or not self.config.warm_start:
             return noise, 1.0
-        return warm_start(noise, rest.repeat(k, 1, 1), self.config.warm_start)
+        plan = self.to_path(fit_rest(rest, self.config.chunk_size, action_dim))
+        return warm_start(noise, plan.repeat(k, 1, 1), self.config.warm_start)
 
     def _choose(self, chunks: Tensor) -> Tensor:
         """The answers (b, horizon, action) among chunks (test_time_samples·b, horizon, action)."""

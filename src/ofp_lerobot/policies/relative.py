@@ -46,6 +46,12 @@ def make_relative_steps(config: Any) -> tuple[RelativeActionsProcessorStep, Abso
     return relative, AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
 
 
+def relative_dimensions(config: Any, size: int) -> np.ndarray:
+    """Of `size` action dimensions (size,) bool: which `use_relative_actions` makes relative, by LeRobot's own step."""
+    step = RelativeActionsProcessorStep(True, config.relative_exclude_joints or [], config.action_feature_names)
+    return np.array(step._build_mask(size))
+
+
 def check_training_data(config: Any, metadata: Any, statistics: Mapping[str, Any] | None) -> None:
     """`check_relative_features` and `check_relative`, but of a resumed run, which keeps its checkpoint's statistics."""
     if resumed_from(config.pretrained_path) is None:
@@ -166,10 +172,8 @@ def read_samples(config: Any, metadata: Any) -> Samples | None:
     features = metadata.features
     if ACTION not in features or OBS_STATE not in features or metadata.episodes is None:
         return None
-    size = features[ACTION]["shape"][0]
-    step = RelativeActionsProcessorStep(True, config.relative_exclude_joints or [], config.action_feature_names)
-    mask = np.array(step._build_mask(size))[: features[OBS_STATE]["shape"][0]]
-    dimensions = np.flatnonzero(mask)
+    moving = relative_dimensions(config, features[ACTION]["shape"][0])
+    dimensions = np.flatnonzero(moving[: features[OBS_STATE]["shape"][0]])
     chosen = np.unique(np.linspace(0, metadata.total_episodes - 1, EPISODES).round().astype(int))
     pairs = list(_chunks(metadata, chosen, config.chunk_size))
     if not pairs or not len(dimensions):

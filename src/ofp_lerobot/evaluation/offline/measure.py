@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import UserError
-from ...flow_map.path import sample_chunk, warm_start
+from ...flow_map.path import fit_rest, sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
 from ...inference.policies import ServedPolicy
 from ...inference.sampling import Sampling
@@ -200,14 +200,14 @@ def sample(
     start = noise.transpose(0, 1).flatten(0, 1).to(next(policy.parameters()).device)
 
     def draws(x: Tensor, t: float, sampling: Sampling) -> Tensor:
-        actions = sample_chunk(velocity, x, steps=sampling.steps or 1, sampler=sampling.sampler or "flow_map", start=t)[
-            ..., :size
-        ]
+        chunks = sample_chunk(velocity, x, steps=sampling.steps or 1, sampler=sampling.sampler or "flow_map", start=t)
+        actions = policy.from_path(chunks)[..., :size]
         return actions.unflatten(0, (k, b)).transpose(0, 1).float().cpu()
 
     chunks = {name: draws(start, 1.0, sampling) for name, sampling in SAMPLINGS.items()}
     for name, rest in rests.items():
         plan = torch.from_numpy(rest).transpose(0, 1).flatten(0, 1).to(start.device)
+        plan = policy.to_path(fit_rest(plan, *start.shape[1:]))
         chunks[f"{name}_warm"] = draws(*warm_start(start, plan, fraction), SAMPLINGS[name])
     return chunks
 

@@ -34,6 +34,9 @@ class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
     # Width of a network of the states, whose features the U-Net reads beside them; None: it reads the states alone.
     state_encoder_dim: int | None = None
 
+    # The steps of a chunk are normalised one by one, after LeRobot's normalisation, which treats them alike.
+    normalize_each_step: bool = False
+
     # As π₀.₅'s of LeRobot: the action minus the state at the chunk's start, but for the joints whose names hold these.
     use_relative_actions: bool = False
     relative_exclude_joints: list[str] = field(default_factory=lambda: ["gripper"])

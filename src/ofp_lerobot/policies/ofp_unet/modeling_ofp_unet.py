@@ -8,16 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
 from ...flow_map.path import sample_chunk
+from ..asked import episodes_in_use, rename_map
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative_steps, check_training_data
 from ..sources import HUB, find_file, read_json, read_steps
+from ..training_state import resumed_from
+from .chunk_steps import ChunkSteps, measure_steps
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
 
@@ -32,8 +36,9 @@ _OF_THE_NETWORK = (
     "use_group_norm",
     "spatial_softmax_num_keypoints",
     "use_separate_rgb_encoder_per_camera",
+    "normalize_each_step",
 )
-"""Settings that weights depend on."""
+"""Settings that the tensors of a checkpoint depend on."""
 
 
 class OFPUnetPolicy(FlowMapPolicy):
@@ -46,9 +51,10 @@ class OFPUnetPolicy(FlowMapPolicy):
     def __init__(
         self, config: OFPUnetConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> None:
-        """dataset_stats and dataset_meta: only checked, normalisation is the processors' work.
+        """dataset_stats and dataset_meta: checked, and read where each step of a chunk is normalised by itself.
 
-        Raises ValueError on bad settings, and on statistics of the other kind of actions.
+        All other normalisation is the processors' work. Raises ValueError on bad settings, and on statistics of the
+        other kind of actions.
         """
         super().__init__(config, dataset_stats)
         config.require_device()
@@ -57,6 +63,11 @@ class OFPUnetPolicy(FlowMapPolicy):
         if dataset_meta is not None:
             check_training_data(config, dataset_meta, self._dataset_stats)
         self.model = UnetNetwork(config).to(config.device)
+        shape = config.chunk_size, config.output_features[ACTION].shape[0]
+        self.chunk_steps = ChunkSteps(*shape).to(config.device) if config.normalize_each_step else None
+        self._steps_of_the_data: tuple[np.ndarray, np.ndarray] | None = None
+        if self.chunk_steps is not None and dataset_meta is not None and resumed_from(config.pretrained_path) is None:
+            self._steps_of_the_data = self._measure_steps(dataset_meta)
         self._init_training()
 
     @classmethod
@@ -82,6 +93,35 @@ class OFPUnetPolicy(FlowMapPolicy):
             ) from error
         policy._source = pretrained_name_or_path, hub
         return policy
+
+    def _measure_steps(self, dataset_meta: Any) -> tuple[np.ndarray, np.ndarray]:
+        names = {ours: theirs for theirs, ours in rename_map(None).items()}
+        return measure_steps(
+            self.config,
+            dataset_meta,
+            self._dataset_stats or {},
+            episodes_in_use(None),
+            state=names.get(OBS_STATE, OBS_STATE),
+        )
+
+    def _begin_training(self) -> None:
+        """A new run takes its dataset's steps, as LeRobot's normalisation does; a resumed one keeps its own."""
+        super()._begin_training()
+        if self.chunk_steps is None:
+            return
+        if self._steps_of_the_data is not None and not self.config.use_peft:  # an adapter's checkpoint has no buffers
+            self.chunk_steps.set(*self._steps_of_the_data)
+        if not self.chunk_steps.is_set:
+            raise ValueError(
+                "normalize_each_step needs the dataset to measure its chunks: pass dataset_meta to the policy, as "
+                "lerobot-train does, or set --policy.normalize_each_step=false"
+            )
+
+    def to_path(self, actions: Tensor) -> Tensor:
+        return actions if self.chunk_steps is None else self.chunk_steps.apply_to(actions)
+
+    def from_path(self, chunks: Tensor) -> Tensor:
+        return chunks if self.chunk_steps is None else self.chunk_steps.undo(chunks)
 
     def prepare_observation(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The states side by side (b, d), images (b, cameras, 3, h, w) or None."""
@@ -115,7 +155,7 @@ class OFPUnetPolicy(FlowMapPolicy):
         x, start = self._start(noise, b, self.config.output_features[ACTION].shape[0], rest, device)
         steps, sampler = self.config.num_inference_steps, self.config.sampler
         chunks = sample_chunk(partial(self.model, prefix), x, steps=steps, sampler=sampler, start=start)
-        return self._require_finite(self._choose(chunks))
+        return self._require_finite(self.from_path(self._choose(chunks)))
 
 
 def _flags_that_fit(source: str | Path, config: OFPUnetConfig, hub: dict[str, Any]) -> list[str]:

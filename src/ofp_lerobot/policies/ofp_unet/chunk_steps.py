@@ -1,0 +1,117 @@
+"""Every step of a chunk normalised by itself.
+
+LeRobot normalises all steps of a chunk by the same statistics. Where actions are relative to the state at the chunk's
+start, the first ones are small beside the last ones and are learned last, though a robot executes them first.
+
+Shapes: actions (…, steps, action), the chunk's first step first; normalised is what LeRobot's processors made of them.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor, nn
+
+from ..normalisation import BOUNDS, flat, normalise
+from ..relative import relative_dimensions
+
+SMALLEST = 0.01
+"""The least deviation of normalised actions: where a joint hardly moves at a step, its noise is not blown up."""
+
+
+class ChunkSteps(nn.Module):
+    """Mean and deviation of every step, (horizon, action) each, part of a checkpoint; 0 and 1 until they are set."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, horizon: int, actions: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(horizon, actions))
+        self.register_buffer("std", torch.ones(horizon, actions))
+
+    @property
+    def is_set(self) -> bool:
+        return bool((self.std != 1).any())
+
+    def set(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """mean, std (horizon, action): of normalised actions."""
+        self.mean.copy_(torch.as_tensor(mean))
+        self.std.copy_(torch.as_tensor(std).clamp(min=SMALLEST))
+
+    def apply_to(self, actions: Tensor) -> Tensor:
+        """Normalised actions (…, horizon, action) with every step normalised by itself."""
+        return (actions - self.mean) / self.std
+
+    def undo(self, actions: Tensor) -> Tensor:
+        """Back to normalised actions."""
+        return actions * self.std + self.mean
+
+
+def measure_steps(
+    config: Any,
+    metadata: Any,
+    statistics: Mapping[str, Mapping[str, Any]],
+    episodes: Collection[int] | None = None,
+    state: str = OBS_STATE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, (horizon, action) each, of every step of a LeRobotDataset's chunks as the policy gets them.
+
+    config: a policy's. statistics: what its normalisation uses. episodes: those that it trains on, None for all. state:
+    what the dataset calls the state that actions are relative to. Steps past an episode's end do not count. Raises
+    ValueError where the dataset is not on this machine.
+    """
+    size, horizon = config.output_features[ACTION].shape[0], config.chunk_size
+    moving = relative_dimensions(config, size) if config.use_relative_actions else np.zeros(size, bool)
+    low, high, mode = _normalisation(config, statistics)
+    count, total, squares = np.zeros((horizon, 1)), np.zeros((horizon, size)), np.zeros((horizon, size))
+    for actions, origin, episode in _read(metadata, episodes, state if moving.any() else None):
+        origin = np.where(moving, origin[:, :size], 0.0)
+        for step in range(min(horizon, len(actions))):
+            starts = np.flatnonzero(episode[: len(episode) - step] == episode[step:])
+            values = actions[starts + step] - origin[starts]
+            if mode is not None:
+                values = normalise(values, low, high, mode)
+            count[step] += len(values)
+            total[step] += values.sum(axis=0, dtype=np.float64)
+            squares[step] += np.square(values, dtype=np.float64).sum(axis=0)
+    if not count.all():
+        missing = "are not on this machine" if not count.any() else f"are all shorter than a chunk of {horizon}"
+        raise ValueError(
+            f"normalize_each_step reads the dataset's episodes, which {missing}: set "
+            "--policy.normalize_each_step=false"
+            + (", or --dataset.streaming=false" if not count.any() else ", or a smaller --policy.horizon")
+        )
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+
+
+def _normalisation(
+    config: Any, statistics: Mapping[str, Mapping[str, Any]]
+) -> tuple[np.ndarray, np.ndarray, NormalizationMode] | tuple[None, None, None]:
+    """Of the actions: the two statistics that LeRobot's formula takes, and its mode; None where it leaves them."""
+    mode = config.normalization_mapping.get(FeatureType.ACTION, NormalizationMode.IDENTITY)
+    known = statistics.get(ACTION, {})
+    if mode not in BOUNDS or not set(BOUNDS[mode]) <= known.keys():
+        return None, None, None
+    low, high = (flat(known[name]) for name in BOUNDS[mode])
+    return low, high, mode
+
+
+def _read(
+    metadata: Any, episodes: Collection[int] | None, state: str | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """By file: actions (n, a), states (n, s), which are the actions where `state` is None, and episodes (n,)."""
+    chosen = range(metadata.total_episodes) if episodes is None else episodes
+    for path in sorted({metadata.root / metadata.get_data_file_path(i) for i in chosen}):
+        if not path.is_file():
+            continue
+        names = [ACTION, *([state] if state is not None else [])]
+        filters = None if episodes is None else [("episode_index", "in", sorted(episodes))]
+        table = pq.read_table(path, columns=[*names, "episode_index"], filters=filters)
+        values = [np.stack(table[name].to_numpy()).astype(np.float64) for name in names]
+        yield values[0], values[-1], table["episode_index"].to_numpy()

@@ -1,0 +1,191 @@
+"""`normalize_each_step` of `ofp_unet`, against the chunks that LeRobot's dataset and processors hand to a policy."""
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.datasets import LeRobotDataset
+from lerobot.datasets.dataset_tools import recompute_stats
+from lerobot.policies import make_pre_post_processors
+from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors.torch import load_file
+
+from ofp_lerobot.evaluation.offline.measure import sample
+from ofp_lerobot.policies.ofp_unet.chunk_steps import SMALLEST, measure_steps
+from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
+from tests import runs, small
+from tests.policies.test_ofp_unet import HORIZON, batch, unet_flags, unet_policy
+
+FPS, ONE_STILL, ONE = 10, 2, "one"
+
+
+def drifts(frame, i):
+    """Joints drift away from the state, one of them stands still, the gripper (the last) is anywhere."""
+    frame["action"] = frame["observation.state"] + np.float32(0.1) * (frame["action"] + 1)
+    frame["action"][ONE_STILL] = frame["observation.state"][ONE_STILL] = 0.5
+
+
+@pytest.fixture(scope="module")
+def relative_data(tmp_path_factory):
+    root = runs.make_dataset(tmp_path_factory.mktemp("data") / "relative", cameras=(), length=11, change=drifts)
+    recompute_stats(
+        LeRobotDataset(runs.REPO, root), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(relative_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    flags = unet_flags(normalize_each_step="true", use_relative_actions="true", monitor_freq=1)
+    runs.lerobot_train(*runs.train_flags(relative_data, output, steps=2, save_freq=1), *flags)
+    return output
+
+
+def by_lerobot(data, policy, saved, episodes=None):
+    """Mean and deviation of every step, of chunks as `lerobot-train` makes them: read, padded, preprocessed."""
+    times = {ACTION: [i / FPS for i in range(HORIZON)]}
+    dataset = LeRobotDataset(runs.REPO, data, delta_timestamps=times, episodes=episodes)
+    before, _ = make_pre_post_processors(policy.config, pretrained_path=saved)
+    chunks, known = [], []
+    for frame in dataset:
+        known.append(~frame["action_is_pad"].numpy())
+        chunks.append(before(frame)[ACTION].reshape(HORIZON, -1).numpy().astype(np.float64))
+    chunks, known = np.stack(chunks), np.stack(known)
+    seen = [chunks[known[:, step], step] for step in range(HORIZON)]
+    return np.stack([x.mean(axis=0) for x in seen]), np.stack([x.std(axis=0) for x in seen])
+
+
+def test_a_training_measures_the_chunks_it_gets(trained, relative_data):
+    saved = runs.checkpoint(trained, 2)
+    policy = OFPUnetPolicy.from_pretrained(saved)
+    mean, std = by_lerobot(relative_data, policy, saved)
+    assert std[:, ONE_STILL].max() < SMALLEST < np.delete(std, ONE_STILL, axis=1).min()
+    np.testing.assert_allclose(policy.chunk_steps.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(policy.chunk_steps.std, np.maximum(std, SMALLEST), atol=1e-5)
+    meta = LeRobotDataset(runs.REPO, relative_data).meta
+    mean, std = by_lerobot(relative_data, policy, saved, episodes=[2, 0])
+    measured = measure_steps(policy.config, meta, meta.stats, episodes=[2, 0])
+    np.testing.assert_allclose(measured, (mean, std), atol=1e-5)
+
+
+def both(**changes):
+    """The same weights with the steps normalised and without; mean and deviation of each step."""
+    policy, plain = (unet_policy(branch=0.3, normalize_each_step=each, **changes) for each in (True, False))
+    mean, std = torch.randn(HORIZON, small.ACTIONS), torch.rand(HORIZON, small.ACTIONS) + 0.1
+    policy.chunk_steps.set(mean.numpy(), std.numpy())
+    plain.model.load_state_dict(policy.model.state_dict())
+    return policy, plain, mean, std
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "ofp"])
+def test_it_learns_what_the_plain_policy_learns_of_actions_normalised_by_hand(objective):
+    policy, plain, mean, std = both(objective=objective)
+    data = {**batch(3), "action_is_pad": torch.arange(HORIZON).expand(3, -1) > 5}
+    losses = []
+    for each, actions in ((policy, data[ACTION]), (plain, (data[ACTION] - mean) / std)):
+        torch.manual_seed(5)
+        loss, logs = each.train()({**data, ACTION: actions})
+        losses.append({"loss": loss.item(), **logs})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and "one_step_std_ratio" in losses[0]
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_it_answers_what_the_plain_policy_answers_scaled_by_hand(samples):
+    """Also from a leftover, whose first action is the new chunk's first, and whose last one is repeated."""
+    policy, plain, mean, std = both(warm_start=0.3, test_time_samples=samples)
+    noise, rest = torch.randn(2 * samples, HORIZON, small.ACTIONS), torch.randn(2, 3, small.ACTIONS)
+    full = torch.cat([rest, rest[:, -1:].expand(-1, HORIZON - 3, -1)], dim=1)
+    for left in (None, (rest, (full - mean) / std)):
+        theirs, ours = (
+            ({}, {}) if left is None else ({"prev_chunk_left_over": left[1]}, {"prev_chunk_left_over": left[0]})
+        )
+        expected = plain.predict_action_chunk(batch(), noise=noise, **theirs) * std + mean
+        torch.testing.assert_close(policy.predict_action_chunk(batch(), noise=noise, **ours), expected)
+
+
+def test_ofp_check_samples_as_the_policy_does():
+    policy, _, _, _ = both(warm_start=0.3)
+    noise, rests = torch.randn(2, 3, HORIZON, small.ACTIONS), torch.randn(2, 3, 4, small.ACTIONS)
+    with torch.no_grad():
+        sampled = sample(policy, batch(), noise, {ONE: rests.numpy()}, 0.3)
+    for draw in range(3):
+        own = {"noise": noise[:, draw]}
+        torch.testing.assert_close(sampled[ONE][:, draw], policy.predict_action_chunk(batch(), **own))
+        warm = policy.predict_action_chunk(batch(), **own, prev_chunk_left_over=rests[:, draw])
+        torch.testing.assert_close(sampled[f"{ONE}_warm"][:, draw], warm)
+
+
+def steps_in(saved):
+    tensors = load_file(saved / "model.safetensors")
+    return torch.stack([tensors["chunk_steps.mean"], tensors["chunk_steps.std"]])
+
+
+def test_a_new_run_takes_its_datasets_steps_and_a_resumed_one_keeps_its_own(trained, relative_data, tmp_path):
+    def drifts_faster(frame, i):
+        drifts(frame, i)
+        frame["action"] += np.float32(0.2 * i) * (np.arange(small.ACTIONS) != ONE_STILL)
+
+    other = runs.make_dataset(tmp_path / "other", cameras=(), length=11, change=drifts_faster)
+    recompute_stats(
+        LeRobotDataset(runs.REPO, other), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
+    )
+    begun = runs.checkpoint(trained, 1)
+    flags = runs.train_flags(other, tmp_path / "tuned", steps=1)
+    runs.lerobot_train(*flags, f"--policy.path={begun}")
+    tuned = runs.checkpoint(tmp_path / "tuned", 1)
+    expected = by_lerobot(other, OFPUnetPolicy.from_pretrained(tuned), tuned)
+    np.testing.assert_allclose(steps_in(tuned), np.maximum(expected, [[[-np.inf]], [[SMALLEST]]]), atol=1e-5)
+    assert not torch.allclose(steps_in(tuned), steps_in(begun), atol=0.01)
+    config = begun / "train_config.json"
+    runs.lerobot_train(f"--config_path={config}", "--resume=true", f"--dataset.root={other}", "--steps=2")
+    assert torch.equal(steps_in(runs.checkpoint(trained, 2)), steps_in(begun))
+
+
+def test_what_cannot_be_measured_is_refused(trained, relative_data, tmp_path):
+    policy = unet_policy(normalize_each_step=True)
+    with pytest.raises(ValueError, match="pass dataset_meta.*or set --policy.normalize_each_step=false"):
+        policy.train()(batch())
+    meta = LeRobotDataset(runs.REPO, relative_data).meta
+    meta.root = tmp_path
+    with pytest.raises(ValueError, match="not on this machine: set --policy.normalize_each_step=false, or --dataset.s"):
+        measure_steps(policy.config, meta, {})
+    short = runs.make_dataset(tmp_path / "short", cameras=(), episodes=2, length=HORIZON - 1)
+    with pytest.raises(ValueError, match=f"all shorter than a chunk of {HORIZON}: .*a smaller --policy.horizon"):
+        measure_steps(policy.config, LeRobotDataset(runs.REPO, short).meta, {})
+    saved = runs.checkpoint(trained, 2)
+    without = unet_policy().config
+    without.use_relative_actions = True
+    with pytest.raises(ValueError, match="set.* --policy.normalize_each_step=true"):
+        OFPUnetPolicy.from_pretrained(saved, config=without)
+
+
+@pytest.mark.parametrize("mode", ["MIN_MAX", "MEAN_STD", "IDENTITY"])
+def test_it_measures_what_each_normalisation_makes_of_the_actions(relative_data, mode):
+    """At the first step, of all frames, by hand."""
+    dataset = LeRobotDataset(runs.REPO, relative_data)
+    actions = np.stack(dataset.hf_dataset.with_format("numpy")[ACTION][:])
+    config = unet_policy().config
+    config.normalization_mapping = {**config.normalization_mapping, "ACTION": NormalizationMode(mode)}
+    statistics = {"min": np.full(5, -1.0), "max": np.arange(1.0, 6), "mean": np.ones(5), "std": np.full(5, 2.0)}
+    if mode == "MIN_MAX":
+        actions = 2 * (actions + 1) / np.arange(2, 7) - 1
+    elif mode == "MEAN_STD":
+        actions = (actions - 1) / 2
+    mean, std = measure_steps(config, dataset.meta, {ACTION: statistics})
+    np.testing.assert_allclose((mean[0], std[0]), (actions.mean(axis=0), actions.std(axis=0)), atol=1e-5)
+
+
+def test_relative_to_a_state_of_another_name(relative_data, tmp_path):
+    """Which a --rename_map gives the policy: the same steps."""
+    config, meta = unet_policy(use_relative_actions=True).config, LeRobotDataset(runs.REPO, relative_data).meta
+    expected = measure_steps(config, meta, meta.stats)
+    renamed = shutil.copytree(relative_data, tmp_path / "renamed")
+    for path in (renamed / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns({OBS_STATE: "observation.joints"}), path)
+    meta.root = renamed
+    assert np.array_equal(measure_steps(config, meta, meta.stats, state="observation.joints"), expected)
