@@ -6,6 +6,8 @@ LEROBOT ?=
 WITH ?=
 VENV ?= $(if $(LEROBOT),outputs/lerobot-env,.venv)
 BIN := $(VENV)/bin
+# In the order of their names: files of few tests hold the longest, and would all come last.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 OPENPI_CLIENT := openpi-client==0.1.2 typing_extensions
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -20,12 +22,12 @@ quickstart: $(VENV)/.ready-test
 # Documents quote settings of the LeRobot in constraints.txt, so they are not checked on another one.
 test: $(VENV)/.ready-test $(VENV)/openpi-client/.ready lint $(if $(LEROBOT),,docs)
 	@echo "All tests: about 16 minutes on 2 cores, after lint and documents. make test-fast takes under 3."
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Without whole commands, LeRobot's scripts and simulators.
 test-fast: $(VENV)/.ready-test
 	@echo "The fast tests: under 3 minutes on 2 cores."
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

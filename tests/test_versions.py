@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -135,16 +133,14 @@ def test_a_setting_of_a_later_version_is_refused_with_its_version(saved, tmp_pat
         read(later, **({} if by == "LeRobot" else {"device": "cpu"}))
 
 
-def test_a_run_of_a_later_version_is_refused_with_its_version(tmp_path):
+def test_a_run_of_a_later_version_is_refused_with_its_version(tmp_path, capsys):
     """As `lerobot-train --config_path=… --resume=true` says it; LeRobot alone names the field only."""
     policy = {"type": "ofp", "lerobot_version": "0.9.0"}
     config = tmp_path / "train_config.json"
     config.write_text(json.dumps({"dataset": {"telepathy": True}, "policy": policy}))
-    code = "from lerobot.scripts.lerobot_train import main; main()"
-    arguments = [f"--config_path={config}", "--resume=true"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.search(rf"telepathy.*\(saved by LeRobot 0\.9\.0, this is {compat.LEROBOT}\)", done.stderr)
+    with pytest.raises(SystemExit, match="1"):
+        runs.lerobot_train(f"--config_path={config}", "--resume=true")
+    assert re.search(rf"telepathy.*\(saved by LeRobot 0\.9\.0, this is {compat.LEROBOT}\)", capsys.readouterr().err)
 
 
 def test_a_checkpoint_says_which_version_saved_it(saved):

@@ -246,7 +246,7 @@ def test_trains_with(changes, dataset, tokenizer, tmp_path):
         assert state(output, 2).teacher == {}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["ofp", "ofp_smolvla"])  # half a minute each; ofp_pi0 has the class of ofp
 def test_two_ranks_draw_different_noise_and_agree_on_the_weights(name, dataset, tokenizer, tmp_path):
     output = tmp_path / "out"
     flags = [*runs.train_flags(dataset, output, steps=2), *runs.vla_flags(name, tokenizer)]
