@@ -14,6 +14,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 
 from ofp_lerobot.evaluation.offline.measure import sample
+from ofp_lerobot.flow_map.randomness import folded_generator
+from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.policies.ofp_unet.chunk_steps import SMALLEST, measure_steps
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import runs, small
@@ -117,6 +119,29 @@ def test_ofp_check_samples_as_the_policy_does():
         torch.testing.assert_close(sampled[ONE][:, draw], policy.predict_action_chunk(batch(), **own))
         warm = policy.predict_action_chunk(batch(), **own, prev_chunk_left_over=rests[:, draw])
         torch.testing.assert_close(sampled[f"{ONE}_warm"][:, draw], warm)
+
+
+def test_a_session_starts_warm_from_what_is_left_relative_to_the_new_state(trained, relative_data):
+    """The leftover written out by hand, in the robot's units, normalised, and each step by itself."""
+    saved = runs.checkpoint(trained, 2)
+    runner = Runner.load(str(saved), device="cpu", execution_horizon=6, warm_start=0.25)
+    policy, session, starts = runner.served.policy, runner.session(seed=1), []
+    network = policy.model.forward
+    policy.model.forward = lambda prefix, x, *args: starts.append(x.clone()) or network(prefix, x, *args)
+    states = np.random.default_rng(0).normal(size=(2, small.STATES)).astype(np.float32)
+    first = session.infer({OBS_STATE: states[0]})
+    session.infer({OBS_STATE: states[1]})
+    stats = LeRobotDataset(runs.REPO, relative_data).meta.stats[ACTION]
+    left = first.plan[6:] - states[1] * [1, 1, 1, 1, 0]  # the gripper stays absolute
+    left = 2 * (left - stats["min"]) / (stats["max"] - stats["min"] + (stats["max"] == stats["min"]) * 1e-8) - 1
+    mean, std = steps_in(saved)
+    plan = (np.concatenate([left, np.repeat(left[-1:], HORIZON - 2, axis=0)]) - mean.numpy()) / std.numpy()
+    noise = folded_generator("cpu", 1, 0)
+    drawn = [torch.randn(1, HORIZON, small.ACTIONS, generator=noise) for _ in range(2)]
+    torch.testing.assert_close(starts[0], drawn[0])
+    moving = [i for i in range(small.ACTIONS) if i != ONE_STILL]
+    expected = 0.75 * drawn[1][0].numpy() + 0.25 * plan
+    np.testing.assert_allclose(starts[1][0].numpy()[:, moving], expected[:, moving], atol=1e-3)
 
 
 def steps_in(saved):

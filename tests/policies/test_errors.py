@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -251,3 +252,25 @@ def test_relative_actions_must_agree_with_the_processors(copy, step, setting, me
     (copy / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
     with pytest.raises(ValueError, match=f"set --policy.{message}"):
         OFPPolicy.from_pretrained(copy, config=small.ofp_config(use_relative_actions=setting))
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "refused"),
+    [
+        (["--env.type=aloha"], {}, True),
+        ([], {"env": {"type": "aloha"}, "env_eval_freq": 10}, True),
+        (["--env.type=aloha", "--env_eval_freq=0"], {}, False),
+        (["--steps=1"], {}, False),
+    ],
+)
+def test_relative_actions_beside_evaluations_in_an_environment(flags, saved, refused, tmp_path, monkeypatch):
+    """Told before the first training step, not at the first evaluation."""
+    config = tmp_path / "train_config.json"
+    config.write_text(json.dumps(saved))
+    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--config_path={config}", *flags])
+    monkeypatch.setattr("ofp_lerobot.policies.asked._lerobot_trains", lambda: True)
+    OFPPolicy(small.ofp_config())
+    OFPPolicy(small.ofp_config(use_relative_actions=True, n_action_steps=1))
+    expected = pytest.raises(ValueError, match="actions are relative.*--env_eval_freq=0, then ofp-compare or ofp-serve")
+    with expected if refused else nullcontext():
+        OFPPolicy(small.ofp_config(use_relative_actions=True))

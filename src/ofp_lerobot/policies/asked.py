@@ -104,6 +104,15 @@ def rename_map(resumed: Path | None) -> dict[str, str]:
     return in_file("rename_map", resumed) if given is None else yaml.safe_load(given) or {}
 
 
+def evaluates_in_an_environment(resumed: Path | None) -> bool:
+    """Whether `lerobot-train` will play episodes between its steps. resumed: as above."""
+    if not _lerobot_trains():
+        return False
+    everything = {**_content(resumed or parser.parse_arg("config_path")), **in_flags()}
+    environment = {**in_file("env", resumed), **in_flags("env")}
+    return "type" in environment and yaml.safe_load(str(everything.get("env_eval_freq", 1))) > 0
+
+
 def refuse_what_the_preset_overrules(config: Any, optimizer: Any, scheduler: Any) -> None:
     """Raises ValueError where `optimizer` or `scheduler` settings are given that LeRobot drops for the policy's own.
 

@@ -26,7 +26,7 @@ from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
 from ..objectives.monitor import HEALTHY_STD_RATIO, ROWS, diagnose
-from .asked import refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
+from .asked import evaluates_in_an_environment, refuse_resuming_elsewhere, refuse_what_resuming_overrules, rename_map
 from .leftovers import rows_left
 from .normalisation import FAR, check_first_batch, lacking
 from .scalars import LaggingScalars
@@ -89,6 +89,8 @@ class FlowMapPolicy(PreTrainedPolicy):
         self._resumed = resumed_state(config.pretrained_path)
         if (resumed := resumed_from(config.pretrained_path)) is not None:
             refuse_what_resuming_overrules(resumed)
+        if evaluates_in_an_environment(resumed):
+            self._refuse_relative_actions("--env_eval_freq=0, then ")
         self._scalars = LaggingScalars()
         self._diagnosis: dict[str, Tensor] = {}
         self._was_healthy = False
@@ -371,7 +373,7 @@ class FlowMapPolicy(PreTrainedPolicy):
             self._rest = chunk[:, executed:] if self.config.warm_start and executed < chunk.shape[1] else None
         return self._action_queue.popleft()
 
-    def _refuse_relative_actions(self) -> None:
+    def _refuse_relative_actions(self, first: str = "") -> None:
         """LeRobot's postprocessor adds the newest state, and a queued action is relative to its chunk's."""
         if not getattr(self.config, "use_relative_actions", False):
             return
@@ -379,7 +381,7 @@ class FlowMapPolicy(PreTrainedPolicy):
             real_time = "--inference.type=rtc in lerobot-rollout, " if hasattr(self.config, "rtc_config") else ""
             raise ValueError(
                 "the actions are relative to the state of their chunk, and what select_action queues is added to later "
-                f"states: use ofp-compare or ofp-serve, {real_time}or --policy.n_action_steps=1"
+                f"states: use {first}ofp-compare or ofp-serve, {real_time}or --policy.n_action_steps=1"
             )
         if self.config.warm_start:
             raise ValueError(
