@@ -19,7 +19,6 @@ from ofp_lerobot.errors import UserError
 from .demonstrations import REPO_ID
 
 PROMPT_LENGTH = 24  # tokens, longer than the prompt
-WORTH_A_LOADER = 100  # training steps: a process that loads data imports everything first
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def base_flags(training: Training, network: Mapping[str, object]) -> dict[str, o
         "policy.device": "cpu",
         **_common_flags(training, training.base_steps, training.base_learning_rate, last=0.1),
         "seed": training.seed,
-        "num_workers": int(training.base_steps >= WORTH_A_LOADER),  # nothing else runs meanwhile
+        "num_workers": 1,  # nothing else runs meanwhile
     }
 
 

@@ -1,5 +1,6 @@
 """`normalize_each_step` of `ofp_unet`, against the chunks that LeRobot's dataset and processors hand to a policy."""
 
+import json
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from ofp_lerobot.evaluation.offline.measure import sample
 from ofp_lerobot.flow_map.randomness import folded_generator
 from ofp_lerobot.inference.session import Runner
-from ofp_lerobot.policies.ofp_unet.chunk_steps import SMALLEST, measure_steps
+from ofp_lerobot.policies.ofp_unet.chunk_steps import measure_steps
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import runs, small
 from tests.policies.test_ofp_unet import HORIZON, batch, unet_flags, unet_policy
@@ -65,13 +66,13 @@ def test_a_training_measures_the_chunks_it_gets(trained, relative_data):
     saved = runs.checkpoint(trained, 2)
     policy = OFPUnetPolicy.from_pretrained(saved)
     mean, std = by_lerobot(relative_data, policy, saved)
-    assert std[:, ONE_STILL].max() < SMALLEST < np.delete(std, ONE_STILL, axis=1).min()
+    assert std[:, ONE_STILL].max() < 1e-6
     np.testing.assert_allclose(policy.chunk_steps.mean, mean, atol=1e-5)
-    np.testing.assert_allclose(policy.chunk_steps.std, np.maximum(std, SMALLEST), atol=1e-5)
+    np.testing.assert_allclose(policy.chunk_steps.std, np.where(std < 1e-6, 1, std), atol=1e-5)
     meta = LeRobotDataset(runs.REPO, relative_data).meta
     mean, std = by_lerobot(relative_data, policy, saved, episodes=[2, 0])
     measured = measure_steps(policy.config, meta, meta.stats, episodes=[2, 0])
-    np.testing.assert_allclose(measured, (mean, std), atol=1e-5)
+    np.testing.assert_allclose(measured, (mean, np.where(std < 1e-6, 1, std)), atol=1e-5)
 
 
 def both(**changes):
@@ -163,7 +164,8 @@ def test_a_new_run_takes_its_datasets_steps_and_a_resumed_one_keeps_its_own(trai
     runs.lerobot_train(*flags, f"--policy.path={begun}")
     tuned = runs.checkpoint(tmp_path / "tuned", 1)
     expected = by_lerobot(other, OFPUnetPolicy.from_pretrained(tuned), tuned)
-    np.testing.assert_allclose(steps_in(tuned), np.maximum(expected, [[[-np.inf]], [[SMALLEST]]]), atol=1e-5)
+    moving = np.arange(small.ACTIONS) != ONE_STILL
+    np.testing.assert_allclose(steps_in(tuned)[..., moving], np.array(expected)[..., moving], atol=1e-5)
     assert not torch.allclose(steps_in(tuned), steps_in(begun), atol=0.01)
     config = begun / "train_config.json"
     runs.lerobot_train(f"--config_path={config}", "--resume=true", f"--dataset.root={other}", "--steps=2")
@@ -175,8 +177,16 @@ def test_what_cannot_be_measured_is_refused(trained, relative_data, tmp_path):
     with pytest.raises(ValueError, match="pass dataset_meta.*or set --policy.normalize_each_step=false"):
         policy.train()(batch())
     meta = LeRobotDataset(runs.REPO, relative_data).meta
-    meta.root = tmp_path
-    with pytest.raises(ValueError, match="not on this machine: set --policy.normalize_each_step=false, or --dataset.s"):
+    meta.root = shutil.copytree(relative_data, tmp_path / "partly")
+    gone = r"file-000.parquet is not on this machine: set --dataset.streaming=false, or --policy.normalize_each_step=f"
+    file = next((meta.root / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    pq.write_table(table.drop_columns([OBS_STATE]), file)
+    policy.config.use_relative_actions = True
+    with pytest.raises(ValueError, match=f"finds no {OBS_STATE} in .*: set --policy.normalize_each_step=false"):
+        measure_steps(policy.config, meta, {})
+    file.unlink()
+    with pytest.raises(ValueError, match=gone):
         measure_steps(policy.config, meta, {})
     short = runs.make_dataset(tmp_path / "short", cameras=(), episodes=2, length=HORIZON - 1)
     with pytest.raises(ValueError, match=f"all shorter than a chunk of {HORIZON}: .*a smaller --policy.horizon"):
@@ -201,16 +211,87 @@ def test_it_measures_what_each_normalisation_makes_of_the_actions(relative_data,
     elif mode == "MEAN_STD":
         actions = (actions - 1) / 2
     mean, std = measure_steps(config, dataset.meta, {ACTION: statistics})
-    np.testing.assert_allclose((mean[0], std[0]), (actions.mean(axis=0), actions.std(axis=0)), atol=1e-5)
+    expected = np.stack([actions.mean(axis=0), actions.std(axis=0)])
+    expected[1, ONE_STILL] = 1  # it never moves
+    np.testing.assert_allclose((mean[0], std[0]), expected, atol=1e-5)
 
 
-def test_relative_to_a_state_of_another_name(relative_data, tmp_path):
-    """Which a --rename_map gives the policy: the same steps."""
-    config, meta = unet_policy(use_relative_actions=True).config, LeRobotDataset(runs.REPO, relative_data).meta
-    expected = measure_steps(config, meta, meta.stats)
-    renamed = shutil.copytree(relative_data, tmp_path / "renamed")
-    for path in (renamed / "data").rglob("*.parquet"):
-        table = pq.read_table(path)
-        pq.write_table(table.rename_columns({OBS_STATE: "observation.joints"}), path)
-    meta.root = renamed
-    assert np.array_equal(measure_steps(config, meta, meta.stats, state="observation.joints"), expected)
+def make_arm(root, joints):
+    """Its state has another name, and may have more dimensions than its actions."""
+    names = [f"j{i}.pos" for i in range(4)] + ["gripper.pos"]
+    features = {
+        "observation.joints": {"dtype": "float32", "shape": (joints,), "names": [f"s{i}" for i in range(joints)]},
+        ACTION: {"dtype": "float32", "shape": (5,), "names": names},
+    }
+    data, rng = LeRobotDataset.create(runs.REPO, FPS, features, root, use_videos=False), np.random.default_rng(0)
+    for episode in range(3):
+        for _ in range(10):
+            state = rng.normal(size=joints).astype(np.float32)
+            action = state[:5] * (1 + episode) + rng.normal(size=5).astype(np.float32)
+            data.add_frame({"observation.joints": state, ACTION: action, "task": "turn"})
+        data.save_episode()
+    data.finalize()
+    return root
+
+
+def test_a_run_measures_its_own_episodes_under_the_datasets_names(trained, tmp_path):
+    """By `--dataset.episodes` and `--rename_map`."""
+    data = make_arm(tmp_path / "data", joints=5)
+    flags = runs.train_flags(data, tmp_path / "out", steps=1, **{"dataset.episodes": "[0,2]"})
+    rename = '--rename_map={"observation.joints": "observation.state"}'
+    runs.lerobot_train(*flags, rename, f"--policy.path={runs.checkpoint(trained, 1)}")
+    saved = runs.checkpoint(tmp_path / "out", 1)
+    expected = by_lerobot(data, OFPUnetPolicy.from_pretrained(saved), saved, episodes=[0, 2])
+    np.testing.assert_allclose(steps_in(saved), expected, atol=1e-5)
+
+
+def test_a_state_that_is_longer_than_the_actions(tmp_path):
+    data = LeRobotDataset(runs.REPO, make_arm(tmp_path / "data", joints=7))
+    actions, states = (
+        np.stack(data.hf_dataset.with_format("numpy")[name][:]) for name in (ACTION, "observation.joints")
+    )
+    config = unet_policy(use_relative_actions=True).config
+    mean, std = measure_steps(config, data.meta, {}, names={OBS_STATE: "observation.joints"})
+    first = actions - states[:, :5]  # without names of joints no gripper is told apart
+    np.testing.assert_allclose((mean[0], std[0]), (first.mean(axis=0), first.std(axis=0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["MIN_MAX", "MEAN_STD"])
+def test_a_step_that_hardly_moves_is_not_blown_up(tmp_path, mode):
+    """Below a hundredth of the deviation over all steps. The first joint goes 3 on in each frame, evenly."""
+
+    def goes_on(frame, i):
+        frame["observation.state"][0] = 3 * i
+        frame["action"][0] = 3 * i + 1e-4 * frame["action"][0]
+
+    root = runs.make_dataset(tmp_path / "data", cameras=(), length=HORIZON, change=goes_on)
+    meta, config = LeRobotDataset(runs.REPO, root).meta, unet_policy(use_relative_actions=True).config
+    config.normalization_mapping = {**config.normalization_mapping, "ACTION": NormalizationMode(mode)}
+    chosen = {"min": 0.0, "max": 1.0, "mean": 0.0, "std": 0.5}  # half of a unit becomes one, either way
+    _, std = measure_steps(config, meta, {ACTION: {name: np.full(5, value) for name, value in chosen.items()}})
+    gone = [3 * step for step in range(HORIZON) for _ in range(HORIZON - step)]
+    np.testing.assert_allclose(std[:, 0], 0.01 * np.std(gone) / 0.5, rtol=1e-3)
+
+
+def test_an_adapter_keeps_the_steps_of_its_base(relative_data):
+    policy, _, mean, _ = both()
+    policy.config.use_peft, policy._dataset_meta = True, LeRobotDataset(runs.REPO, relative_data).meta
+    policy.train()(batch())
+    assert torch.equal(policy.chunk_steps.mean, mean)
+
+
+def test_settings_that_fit_a_checkpoint_are_told(tmp_path):
+    """Of one from before there was this setting, and of one whose steps are another number."""
+    policy, plain, _, _ = both()
+    policy.save_pretrained(tmp_path / "with")
+    plain.save_pretrained(tmp_path / "before")
+    config = json.loads((tmp_path / "before/config.json").read_text())
+    config.pop("normalize_each_step")
+    (tmp_path / "before/config.json").write_text(json.dumps(config))
+    for changes, saved, told in (
+        ({"down_dims": (8, 24)}, "before", r"set --policy.down_dims=\[16, 32\]$"),
+        ({"normalize_each_step": True}, "before", "set --policy.normalize_each_step=false$"),
+        ({"normalize_each_step": True, "horizon": 4, "n_action_steps": 2}, "with", f"set --policy.horizon={HORIZON}$"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            OFPUnetPolicy.from_pretrained(tmp_path / saved, config=unet_policy(**changes).config)

@@ -260,7 +260,9 @@ def test_relative_actions_must_agree_with_the_processors(copy, step, setting, me
         (["--env.type=aloha"], {}, True),
         ([], {"env": {"type": "aloha"}, "env_eval_freq": 10}, True),
         (["--env.type=aloha", "--env_eval_freq=0"], {}, False),
-        (["--steps=1"], {}, False),
+        (["--env.type=aloha", "--steps=5000"], {}, False),  # LeRobot plays after 20,000
+        (["--env.type=aloha", "--env_eval_freq=null"], {}, False),
+        (["--steps=100000"], {}, False),
     ],
 )
 def test_relative_actions_beside_evaluations_in_an_environment(flags, saved, refused, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Shapes: actions, noise and x are (n, horizon, action_dim) float32; times are (n,
 with t = 1 noise and t = 0 action. Actions are in normalised action space.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -77,13 +78,17 @@ def fit_rest(rest: Tensor, horizon: int, action_dim: int) -> Tensor:
     return torch.nn.functional.pad(rest, (0, action_dim - rest.shape[2]))
 
 
-def warm_start(noise: Tensor, rest: Tensor, fraction: float) -> tuple[Tensor, float]:
+def warm_start(
+    noise: Tensor, rest: Tensor, fraction: float, to_path: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, float]:
     """The start (x, t) that keeps `fraction` of the old plan: t = 1 − w, x = (1 − w)·ε + w·a_warm.
 
     `rest` (n, steps, a) holds the last chunk's unexecuted actions, the next one to execute first
-    (arXiv 2603.12480, warm start; w = 0.15 is the paper's best).
+    (arXiv 2603.12480, warm start; w = 0.15 is the paper's best). to_path: what makes whole chunks of normalised actions
+    those that the flow runs to, where they are not the same.
     """
     plan = fit_rest(rest, noise.shape[1], noise.shape[2])
+    plan = plan if to_path is None else to_path(plan)
     return (1 - fraction) * noise + fraction * plan, 1.0 - fraction
 
 

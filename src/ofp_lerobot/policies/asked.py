@@ -12,7 +12,7 @@ from typing import Any
 import draccus
 import yaml
 from lerobot.configs import parser
-from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from lerobot.utils.hub import find_latest_hub_checkpoint
 
@@ -108,9 +108,10 @@ def evaluates_in_an_environment(resumed: Path | None) -> bool:
     """Whether `lerobot-train` will play episodes between its steps. resumed: as above."""
     if not _lerobot_trains():
         return False
-    everything = {**_content(resumed or parser.parse_arg("config_path")), **in_flags()}
-    environment = {**in_file("env", resumed), **in_flags("env")}
-    return "type" in environment and yaml.safe_load(str(everything.get("env_eval_freq", 1))) > 0
+    usual = {name: getattr(TrainPipelineConfig, name) for name in ("env_eval_freq", "steps")}
+    given = {**usual, **_content(resumed or parser.parse_arg("config_path")), **in_flags()}
+    every, steps = (yaml.safe_load(str(given[name])) or 0 for name in usual)
+    return "type" in {**in_file("env", resumed), **in_flags("env")} and 0 < every <= steps
 
 
 def refuse_what_the_preset_overrules(config: Any, optimizer: Any, scheduler: Any) -> None:

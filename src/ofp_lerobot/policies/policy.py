@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..compat import shards_by_fsdp1, under_policy_names, without_padding
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
-from ..flow_map.path import Velocity, fit_rest, warm_start
+from ..flow_map.path import Velocity, warm_start
 from ..flow_map.randomness import folded_generator
 from ..flow_map.selection import densest
 from ..objectives import OBJECTIVES
@@ -103,11 +103,11 @@ class FlowMapPolicy(PreTrainedPolicy):
         raise NotImplementedError
 
     def to_path(self, actions: Tensor) -> Tensor:
-        """Normalised actions (n, horizon, max_action_dim) as the flow makes them of noise; here they are the same."""
+        """Normalised actions (n, horizon, max_action_dim) in the space in which the flow runs, here the same one."""
         return actions
 
     def from_path(self, chunks: Tensor) -> Tensor:
-        """What `to_path` made chunks (n, horizon, max_action_dim) of."""
+        """Chunks (n, horizon, max_action_dim) that the flow ended in, as normalised actions."""
         return chunks
 
     # Training
@@ -386,13 +386,14 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self.config.warm_start:
             raise ValueError(
                 "warm_start with relative actions needs leftovers re-anchored on the new state, which select_action "
-                "has not: set --policy.warm_start=0, or pass prev_chunk_left_over to predict_action_chunk"
+                f"has not: use {first}ofp-compare or ofp-serve, set --policy.warm_start=0, or pass "
+                "prev_chunk_left_over to predict_action_chunk"
             )
 
     def _start(
         self, noise: Tensor | None, b: int, action_dim: int, rest: Tensor | None, device: torch.device
     ) -> tuple[Tensor, float]:
-        """Where sampling starts: x (test_time_samples·b, horizon, action_dim), as of `to_path`, at a time.
+        """Where sampling starts in the space of the flow: x (test_time_samples·b, horizon, action_dim) at a time.
 
         noise is standard normal before `noise_temperature`, drawn where not given; rest as of `_usable_rest`.
         """
@@ -406,11 +407,10 @@ class FlowMapPolicy(PreTrainedPolicy):
         noise = self.config.noise_temperature * noise.to(device, torch.float32)
         if rest is None or not self.config.warm_start:
             return noise, 1.0
-        plan = self.to_path(fit_rest(rest, self.config.chunk_size, action_dim))
-        return warm_start(noise, plan.repeat(k, 1, 1), self.config.warm_start)
+        return warm_start(noise, rest.repeat(k, 1, 1), self.config.warm_start, self.to_path)
 
     def _choose(self, chunks: Tensor) -> Tensor:
-        """The answers (b, horizon, action) among chunks (test_time_samples·b, horizon, action)."""
+        """The answers (b, horizon, action) among chunks (test_time_samples·b, horizon, action) of the flow."""
         k = self.config.test_time_samples
         return chunks if k == 1 else densest(chunks.unflatten(0, (k, -1)))
 

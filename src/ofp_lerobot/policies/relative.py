@@ -74,10 +74,12 @@ def check_relative_features(config: Any, features: Mapping[str, Any]) -> None:
     if ACTION not in features:
         return
     size = features[ACTION]["shape"][0]
-    state = features.get(OBS_STATE)  # elsewhere by another name, which --rename_map changes
-    if state is not None and state["shape"][0] < size:
+    state = config.robot_state_feature.shape[0]
+    if OBS_STATE in features:  # elsewhere by another name, which --rename_map changes
+        state = features[OBS_STATE]["shape"][0]
+    if state < size:
         raise ValueError(
-            f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "
+            f"relative actions need the state, of {state} dimensions, taken from actions of {size}: set "
             "--policy.use_relative_actions=false"
         )
     names = features[ACTION].get("names")

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import UserError
-from ...flow_map.path import fit_rest, sample_chunk, warm_start
+from ...flow_map.path import sample_chunk, warm_start
 from ...flow_map.randomness import folded_generator
 from ...inference.policies import ServedPolicy
 from ...inference.sampling import Sampling
@@ -207,8 +207,7 @@ def sample(
     chunks = {name: draws(start, 1.0, sampling) for name, sampling in SAMPLINGS.items()}
     for name, rest in rests.items():
         plan = torch.from_numpy(rest).transpose(0, 1).flatten(0, 1).to(start.device)
-        plan = policy.to_path(fit_rest(plan, *start.shape[1:]))
-        chunks[f"{name}_warm"] = draws(*warm_start(start, plan, fraction), SAMPLINGS[name])
+        chunks[f"{name}_warm"] = draws(*warm_start(start, plan, fraction, policy.to_path), SAMPLINGS[name])
     return chunks
 
 

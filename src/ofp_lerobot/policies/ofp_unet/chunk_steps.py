@@ -6,7 +6,7 @@ start, the first ones are small beside the last ones and are learned last, thoug
 Shapes: actions (…, steps, action), the chunk's first step first; normalised is what LeRobot's processors made of them.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from ..normalisation import BOUNDS, flat, normalise
 from ..relative import relative_dimensions
 
 SMALLEST = 0.01
-"""The least deviation of normalised actions: where a joint hardly moves at a step, its noise is not blown up."""
+"""The least deviation of a step, in those of its dimension at all steps: what hardly moves yet is not blown up."""
+_OFF = "--policy.normalize_each_step=false"
+_CONSTANT = 1e-6  # the largest deviation of a dimension that does not move
 
 
 class ChunkSteps(nn.Module):
@@ -39,9 +41,9 @@ class ChunkSteps(nn.Module):
         return bool((self.std != 1).any())
 
     def set(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """mean, std (horizon, action): of normalised actions."""
+        """mean, std (horizon, action): of normalised actions, as of `measure_steps`."""
         self.mean.copy_(torch.as_tensor(mean))
-        self.std.copy_(torch.as_tensor(std).clamp(min=SMALLEST))
+        self.std.copy_(torch.as_tensor(std))
 
     def apply_to(self, actions: Tensor) -> Tensor:
         """Normalised actions (…, horizon, action) with every step normalised by itself."""
@@ -57,20 +59,24 @@ def measure_steps(
     metadata: Any,
     statistics: Mapping[str, Mapping[str, Any]],
     episodes: Collection[int] | None = None,
-    state: str = OBS_STATE,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation, (horizon, action) each, of every step of a LeRobotDataset's chunks as the policy gets them.
 
-    config: a policy's. statistics: what its normalisation uses. episodes: those that it trains on, None for all. state:
-    what the dataset calls the state that actions are relative to. Steps past an episode's end do not count. Raises
-    ValueError where the dataset is not on this machine.
+    config: a policy's. statistics: what its normalisation uses. episodes: those that are measured, None for all. names:
+    the policy's names of features that the dataset has by other ones, and these. Steps past an episode's end do not
+    count. No deviation is below `SMALLEST`. Raises ValueError where the dataset is not on this machine, or does not
+    have what is measured.
     """
     size, horizon = config.output_features[ACTION].shape[0], config.chunk_size
     moving = relative_dimensions(config, size) if config.use_relative_actions else np.zeros(size, bool)
+    columns = [(names or {}).get(name, name) for name in ((ACTION, OBS_STATE) if moving.any() else (ACTION,))]
     low, high, mode = _normalisation(config, statistics)
     count, total, squares = np.zeros((horizon, 1)), np.zeros((horizon, size)), np.zeros((horizon, size))
-    for actions, origin, episode in _read(metadata, episodes, state if moving.any() else None):
-        origin = np.where(moving, origin[:, :size], 0.0)
+    for episode, actions, *states in _read(metadata, episodes, columns):
+        origin = np.zeros_like(actions)
+        if states:
+            origin[:, moving] = states[0][:, :size][:, moving]
         for step in range(min(horizon, len(actions))):
             starts = np.flatnonzero(episode[: len(episode) - step] == episode[step:])
             values = actions[starts + step] - origin[starts]
@@ -80,14 +86,17 @@ def measure_steps(
             total[step] += values.sum(axis=0, dtype=np.float64)
             squares[step] += np.square(values, dtype=np.float64).sum(axis=0)
     if not count.all():
-        missing = "are not on this machine" if not count.any() else f"are all shorter than a chunk of {horizon}"
         raise ValueError(
-            f"normalize_each_step reads the dataset's episodes, which {missing}: set "
-            "--policy.normalize_each_step=false"
-            + (", or --dataset.streaming=false" if not count.any() else ", or a smaller --policy.horizon")
+            f"normalize_each_step: the dataset's episodes are all shorter than a chunk of {horizon}: set a smaller "
+            f"--policy.horizon, or {_OFF}"
         )
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    mean, deviation = total / count, _deviation(count, total, squares)
+    whole = _deviation(*(x.sum(axis=0) for x in (count, total, squares)))
+    return mean, np.where(whole > _CONSTANT, np.maximum(deviation, SMALLEST * whole), 1.0)
+
+
+def _deviation(count: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(squares / count - np.square(total / count), 0.0))
 
 
 def _normalisation(
@@ -102,16 +111,18 @@ def _normalisation(
     return low, high, mode
 
 
-def _read(
-    metadata: Any, episodes: Collection[int] | None, state: str | None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """By file: actions (n, a), states (n, s), which are the actions where `state` is None, and episodes (n,)."""
+def _read(metadata: Any, episodes: Collection[int] | None, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+    """By file: the episodes (n,) of its frames, and their `columns` (n, size)."""
     chosen = range(metadata.total_episodes) if episodes is None else episodes
     for path in sorted({metadata.root / metadata.get_data_file_path(i) for i in chosen}):
         if not path.is_file():
-            continue
-        names = [ACTION, *([state] if state is not None else [])]
+            raise ValueError(
+                f"normalize_each_step reads the whole dataset, of which {path} is not on this machine: set "
+                f"--dataset.streaming=false, or {_OFF}"
+            )
+        if missing := sorted(set(columns) - set(pq.read_schema(path).names)):
+            raise ValueError(f"normalize_each_step finds no {' and '.join(missing)} in {path}: set {_OFF}")
         filters = None if episodes is None else [("episode_index", "in", sorted(episodes))]
-        table = pq.read_table(path, columns=[*names, "episode_index"], filters=filters)
-        values = [np.stack(table[name].to_numpy()).astype(np.float64) for name in names]
-        yield values[0], values[-1], table["episode_index"].to_numpy()
+        table = pq.read_table(path, columns=[*columns, "episode_index"], filters=filters)
+        values = (np.stack(table[name].to_numpy()).astype(np.float64) for name in columns)
+        yield table["episode_index"].to_numpy(), *values

@@ -8,19 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
+from ...compat import under_policy_names
 from ...flow_map.path import sample_chunk
 from ..asked import episodes_in_use, rename_map
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative_steps, check_training_data
 from ..sources import HUB, find_file, read_json, read_steps
-from ..training_state import resumed_from
 from .chunk_steps import ChunkSteps, measure_steps
 from .configuration_ofp_unet import OFPUnetConfig
 from .network import UnetNetwork
@@ -65,9 +64,7 @@ class OFPUnetPolicy(FlowMapPolicy):
         self.model = UnetNetwork(config).to(config.device)
         shape = config.chunk_size, config.output_features[ACTION].shape[0]
         self.chunk_steps = ChunkSteps(*shape).to(config.device) if config.normalize_each_step else None
-        self._steps_of_the_data: tuple[np.ndarray, np.ndarray] | None = None
-        if self.chunk_steps is not None and dataset_meta is not None and resumed_from(config.pretrained_path) is None:
-            self._steps_of_the_data = self._measure_steps(dataset_meta)
+        self._dataset_meta = dataset_meta
         self._init_training()
 
     @classmethod
@@ -75,7 +72,7 @@ class OFPUnetPolicy(FlowMapPolicy):
         """An `ofp_unet` checkpoint of any objective, from a directory or the Hub; always strict.
 
         Raises ValueError where relative actions are asked of a checkpoint of absolute ones, or the other way round, and
-        where its network has other sizes than `config`.
+        where its network was made by other settings than `config`.
         """
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         if (config := kwargs.get("config")) is not None:
@@ -89,29 +86,25 @@ class OFPUnetPolicy(FlowMapPolicy):
             if not flags:
                 raise
             raise ValueError(
-                f"{pretrained_name_or_path} has a network of other sizes: set {' '.join(flags)}"
+                f"{pretrained_name_or_path} was saved with other settings of its network: set {' '.join(flags)}"
             ) from error
         policy._source = pretrained_name_or_path, hub
         return policy
 
-    def _measure_steps(self, dataset_meta: Any) -> tuple[np.ndarray, np.ndarray]:
-        names = {ours: theirs for theirs, ours in rename_map(None).items()}
-        return measure_steps(
-            self.config,
-            dataset_meta,
-            self._dataset_stats or {},
-            episodes_in_use(None),
-            state=names.get(OBS_STATE, OBS_STATE),
-        )
-
     def _begin_training(self) -> None:
-        """A new run takes its dataset's steps, as LeRobot's normalisation does; a resumed one keeps its own."""
+        resumed = self._resumed is not None
         super()._begin_training()
-        if self.chunk_steps is None:
-            return
-        if self._steps_of_the_data is not None and not self.config.use_peft:  # an adapter's checkpoint has no buffers
-            self.chunk_steps.set(*self._steps_of_the_data)
-        if not self.chunk_steps.is_set:
+        if self.chunk_steps is not None and not resumed:
+            self._measure_steps(self.chunk_steps)
+
+    def _measure_steps(self, steps: ChunkSteps) -> None:
+        """A new run takes its dataset's, as LeRobot's normalisation does; an adapter's checkpoint cannot hold them."""
+        if self._dataset_meta is not None and not self.config.use_peft:
+            renamed = rename_map(None)
+            statistics = self._dataset_stats or under_policy_names(self._dataset_meta.stats, renamed)
+            names = {ours: theirs for theirs, ours in renamed.items()}
+            steps.set(*measure_steps(self.config, self._dataset_meta, statistics, episodes_in_use(None), names))
+        if not steps.is_set:
             raise ValueError(
                 "normalize_each_step needs the dataset to measure its chunks: pass dataset_meta to the policy, as "
                 "lerobot-train does, or set --policy.normalize_each_step=false"
@@ -162,7 +155,16 @@ def _flags_that_fit(source: str | Path, config: OFPUnetConfig, hub: dict[str, An
     """Of the settings in which the network of the checkpoint is another one than `config`'s."""
     path = find_file(source, CONFIG_NAME, **hub)
     saved = read_json(path) if path is not None else {}
-    ours = json.loads(json.dumps({name: getattr(config, name) for name in _OF_THE_NETWORK}))
+    usual = OFPUnetConfig(device="cpu")
+    names = _OF_THE_NETWORK + (("horizon",) if config.normalize_each_step else ())
+    theirs = {name: saved.get(name, _plain(getattr(usual, name))) for name in names}
     return [
-        f"--policy.{name}={json.dumps(saved.get(name))}" for name in _OF_THE_NETWORK if saved.get(name) != ours[name]
+        f"--policy.{name}={json.dumps(value)}"
+        for name, value in theirs.items()
+        if value != _plain(getattr(config, name))
     ]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return json.loads(json.dumps(value))
