@@ -392,6 +392,20 @@ def training_steps(report: dict[str, Any]) -> list[str]:
     return markdown_table(head, rows)
 
 
+def comparison(report: dict[str, Any]) -> list[str]:
+    """Policies that `ofp-compare` played from the same starts."""
+    against = {
+        row["policy"]: _difference(dict(zip(("mean", "low", "high"), (row["difference"], *row["ci95"]), strict=True)))
+        for row in report["paired"]
+    }
+    rows = []
+    for row in report["overall"]:
+        low, high = row["ci95"]
+        solved = f"{row['successes']} of {row['episodes']}, {row['success']:.2f} [{low:.2f}, {high:.2f}]"
+        rows.append((row["policy"], f"{row['evaluations_per_chunk']:.0f}", solved, against.get(row["policy"], "–")))
+    return markdown_table(("policy", "evaluations", "solved", f"points to {report['baseline']}"), rows)
+
+
 def older(name: str) -> list[str]:
     """Of runs whose reports were not kept, as the documents had it."""
     found = result("older")[name]
@@ -400,17 +414,28 @@ def older(name: str) -> list[str]:
 
 REPORTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     function.__name__: function
-    for function in (metaworld, metaworld_bars, quickstart, toy, answers, launches, training_steps)
+    for function in (metaworld, metaworld_bars, quickstart, toy, answers, launches, training_steps, comparison)
 }
 
 
 def keep(report: Path, name: str) -> Path:
-    """Copies a report into `benchmarks/results`, a line for each of its keys. Returns where it lies."""
-    content = json.loads(report.read_text())
+    """Copies a report into `benchmarks/results`, a line for each of its keys. Returns where it lies.
+
+    Of a file's place on this machine only its name is kept.
+    """
+    content = _without_places(json.loads(report.read_text()))
     lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in content.items()]
     target = RESULTS / f"{name}.json"
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return target
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def default(field: Field[Any]) -> str:

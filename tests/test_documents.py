@@ -58,6 +58,29 @@ def test_a_kept_report_is_the_report(tmp_path, monkeypatch):
     assert "| ofp | – | 1 | .1000 | 1.000 | .500 |" in tables.renewed(page)
 
 
+def test_of_a_place_on_a_machine_the_name_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    report = {"policies": [{"path": "/home/me/run/pretrained_model", "rate": "1/s"}], "root": "/opt/RoboTwin"}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    kept = json.loads(tables.keep(tmp_path / "report.json", "small").read_text())
+    assert kept == {"policies": [{"path": "pretrained_model", "rate": "1/s"}], "root": "RoboTwin"}
+
+
+def test_a_comparison_by_policy():
+    row = {"policy": "one", "episodes": 4, "successes": 3, "success": 0.75, "ci95": [0.3, 0.954]}
+    report = {
+        "baseline": "ten",
+        "overall": [{**row, "evaluations_per_chunk": 1.0}, {**row, "policy": "ten", "evaluations_per_chunk": 10.0}],
+        "paired": [{"policy": "one", "difference": -0.25, "ci95": [-0.5, 0.1]}],
+    }
+    assert tables.comparison(report) == [
+        "| policy | evaluations | solved | points to ten |",
+        "| --- | --- | --- | --- |",
+        "| one | 1 | 3 of 4, 0.75 [0.30, 0.95] | −25.0 [−50.0, +10.0] |",
+        "| ten | 10 | 3 of 4, 0.75 [0.30, 0.95] | – |",
+    ]
+
+
 def test_no_logger_of_one_version_is_named():
     """LeRobot 0.7 logs to Trackio, 0.6.1 to Weights & Biases: neither takes the other's settings."""
     folders = ("recipes", "docs", "examples", "benchmarks", "robotwin_eval", "src", "tests")

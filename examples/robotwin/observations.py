@@ -18,6 +18,7 @@ class Observations(NamedTuple):
 
     network(training, directory, texts): lerobot-train's flags for a policy from scratch. directory: where it may write
     a tokenizer. texts: the instructions. relative: whether actions are relative to the state of their chunk.
+    noise_temperature: of all policies in the comparison, None for the checkpoint's own.
     """
 
     config: str  # of task_config/
@@ -26,6 +27,7 @@ class Observations(NamedTuple):
     demonstrations: int
     training: Training
     relative: bool = False
+    noise_temperature: float | None = None
 
 
 def small_pi05(training: Training, directory: Path, texts: Sequence[str]) -> dict[str, object]:
@@ -57,7 +59,8 @@ OBSERVATIONS = {
         checkout.POSES,
         small_unet,
         500,
-        Training(chunk_size=16, executed=8, batch_size=32, noise_draws=2, base_steps=12000, steps=2000),
+        Training(chunk_size=16, executed=16, batch_size=32, noise_draws=2, base_steps=12000, steps=2000),
         relative=True,
+        noise_temperature=0.0,
     ),
 }

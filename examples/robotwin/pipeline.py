@@ -144,6 +144,14 @@ class Job:
         return self.output / "train" / name / "run"
 
     @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """As `ROWS`; a warm start needs actions that were not executed."""
+        training, temperature = self.settings.training, self.seen.noise_temperature
+        noise = "" if temperature is None else f",temperature={temperature:g}"
+        rest = training.executed < training.chunk_size
+        return [(name, whose, how + noise) for name, whose, how in ROWS if rest or "warm_start" not in how]
+
+    @property
     def comparison(self) -> Path:
         """Of the two checkpoints that are there now: those of another training are other policies."""
         digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
@@ -235,14 +243,14 @@ def compare(job: Job) -> None:
     command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={BASELINE}", f"--output={output}"]
     command += [f"--conditions={job.seen.condition}", "--instruction-type=seen"]
     command += ["--devices=cpu", "--videos=2", f"--workers={job.workers}"]
-    for name, objective, sampling in ROWS:
+    for name, objective, sampling in job.rows:
         command += ["--policy", f"name={name},path={checkpoint(job.run_of(objective))},{sampling}"]
 
     def played() -> int:
         lines = output / "episodes.jsonl"
         return len(lines.read_text().splitlines()) if lines.is_file() else 0
 
-    _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(ROWS)))
+    _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(job.rows)))
 
 
 STAGES: tuple[tuple[str, tuple[Callable[[Job], None], ...]], ...] = (

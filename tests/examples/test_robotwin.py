@@ -17,7 +17,7 @@ import pytest
 from lerobot.scripts import lerobot_edit_dataset
 
 from examples.robotwin import pipeline
-from examples.robotwin.observations import OBSERVATIONS, PICTURES, POSES
+from examples.robotwin.observations import PICTURES, POSES
 from examples.robotwin.pipeline import INSTRUCTIONS, Job, Settings
 from ofp_lerobot.errors import UserError
 from tests import runs, small
@@ -169,11 +169,13 @@ def three_ahead(frame, i):
     frame["action"] = np.full(small.ACTIONS, i + 3, np.float32)
 
 
-@pytest.mark.parametrize("observations", [PICTURES, POSES])
-def test_the_row_with_a_warm_start_can_differ(observations):
-    """It takes what was not executed of the last chunk."""
-    training = OBSERVATIONS[observations].training
-    assert any("warm_start" in how for _, _, how in pipeline.ROWS) and training.executed < training.chunk_size
+def test_the_rows_of_a_comparison(tmp_path, commands):
+    """A warm start takes what was not executed of the last chunk: there is none where chunks are executed whole."""
+    names = ["ofp-1", "ofp-1-warm", "ofp-2", "ofp-euler-10", "fm-1", "fm-10"]
+    pictures, poses = (job(tmp_path, sizes(kind, 1)).rows for kind in (PICTURES, POSES))
+    assert [name for name, *_ in pictures] == names and [name for name, *_ in poses] == [names[0], *names[2:]]
+    assert not any("temperature" in how for *_, how in pictures)
+    assert all(how.endswith(",temperature=0") for *_, how in poses)
 
 
 def test_recordings_of_another_expert_are_not_taken(tmp_path, commands):
