@@ -397,9 +397,12 @@ def comparison(report: dict[str, Any]) -> list[str]:
     against = {
         row["policy"]: _difference(dict(zip(("mean", "low", "high"), (row["difference"], *row["ci95"]), strict=True)))
         for row in report["paired"]
+        if row["episodes"]
     }
     rows = []
     for row in report["overall"]:
+        if not row["episodes"]:
+            continue
         low, high = row["ci95"]
         solved = f"{row['successes']} of {row['episodes']}, {row['success']:.2f} [{low:.2f}, {high:.2f}]"
         rows.append((row["policy"], f"{row['evaluations_per_chunk']:.0f}", solved, against.get(row["policy"], "–")))

@@ -70,8 +70,15 @@ def test_a_comparison_by_policy():
     row = {"policy": "one", "episodes": 4, "successes": 3, "success": 0.75, "ci95": [0.3, 0.954]}
     report = {
         "baseline": "ten",
-        "overall": [{**row, "evaluations_per_chunk": 1.0}, {**row, "policy": "ten", "evaluations_per_chunk": 10.0}],
-        "paired": [{"policy": "one", "difference": -0.25, "ci95": [-0.5, 0.1]}],
+        "overall": [
+            {**row, "evaluations_per_chunk": 1.0},
+            {**row, "policy": "ten", "evaluations_per_chunk": 10.0},
+            {**row, "policy": "none", "episodes": 0, "ci95": None},  # nothing of it was played
+        ],
+        "paired": [
+            {"policy": "one", "episodes": 4, "difference": -0.25, "ci95": [-0.5, 0.1]},
+            {"policy": "none", "episodes": 0},
+        ],
     }
     assert tables.comparison(report) == [
         "| policy | evaluations | solved | points to ten |",

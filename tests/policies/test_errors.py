@@ -261,7 +261,6 @@ def test_relative_actions_must_agree_with_the_processors(copy, step, setting, me
         ([], {"env": {"type": "aloha"}, "env_eval_freq": 10}, True),
         (["--env.type=aloha", "--env_eval_freq=0"], {}, False),
         (["--env.type=aloha", "--steps=5000"], {}, False),  # LeRobot plays after 20,000
-        (["--env.type=aloha", "--env_eval_freq=null"], {}, False),
         (["--steps=100000"], {}, False),
     ],
 )
@@ -273,6 +272,10 @@ def test_relative_actions_beside_evaluations_in_an_environment(flags, saved, ref
     monkeypatch.setattr("ofp_lerobot.policies.asked._lerobot_trains", lambda: True)
     OFPPolicy(small.ofp_config())
     OFPPolicy(small.ofp_config(use_relative_actions=True, n_action_steps=1))
+    one_warm = small.ofp_config(use_relative_actions=True, n_action_steps=1, warm_start=0.1)
+    expected = pytest.raises(ValueError, match="--env_eval_freq=0, then ofp-compare or ofp-serve, or --policy.warm_sta")
+    with expected if refused else nullcontext():
+        OFPPolicy(one_warm)
     expected = pytest.raises(ValueError, match="actions are relative.*--env_eval_freq=0, then ofp-compare or ofp-serve")
     with expected if refused else nullcontext():
         OFPPolicy(small.ofp_config(use_relative_actions=True))

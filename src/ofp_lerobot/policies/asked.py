@@ -110,7 +110,7 @@ def evaluates_in_an_environment(resumed: Path | None) -> bool:
         return False
     usual = {name: getattr(TrainPipelineConfig, name) for name in ("env_eval_freq", "steps")}
     given = {**usual, **_content(resumed or parser.parse_arg("config_path")), **in_flags()}
-    every, steps = (yaml.safe_load(str(given[name])) or 0 for name in usual)
+    every, steps = (yaml.safe_load(str(given[name])) for name in usual)
     return "type" in {**in_file("env", resumed), **in_flags("env")} and 0 < every <= steps
 
 

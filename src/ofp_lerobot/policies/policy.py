@@ -386,8 +386,8 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self.config.warm_start:
             raise ValueError(
                 "warm_start with relative actions needs leftovers re-anchored on the new state, which select_action "
-                f"has not: use {first}ofp-compare or ofp-serve, set --policy.warm_start=0, or pass "
-                "prev_chunk_left_over to predict_action_chunk"
+                f"has not: use {first}ofp-compare or ofp-serve, or --policy.warm_start=0. A program of your own may "
+                "pass prev_chunk_left_over to predict_action_chunk"
             )
 
     def _start(

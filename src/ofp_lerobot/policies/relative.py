@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from .asked import rename_map
 from .normalisation import recompute
 from .training_state import resumed_from
 
@@ -74,12 +75,11 @@ def check_relative_features(config: Any, features: Mapping[str, Any]) -> None:
     if ACTION not in features:
         return
     size = features[ACTION]["shape"][0]
-    state = config.robot_state_feature.shape[0]
-    if OBS_STATE in features:  # elsewhere by another name, which --rename_map changes
-        state = features[OBS_STATE]["shape"][0]
-    if state < size:
+    named = next((theirs for theirs, ours in rename_map(None).items() if ours == OBS_STATE), OBS_STATE)
+    state = features.get(named)
+    if state is not None and state["shape"][0] < size:
         raise ValueError(
-            f"relative actions need the state, of {state} dimensions, taken from actions of {size}: set "
+            f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "
             "--policy.use_relative_actions=false"
         )
     names = features[ACTION].get("names")

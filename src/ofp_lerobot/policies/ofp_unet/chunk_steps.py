@@ -20,25 +20,25 @@ from ..normalisation import BOUNDS, flat, normalise
 from ..relative import relative_dimensions
 
 SMALLEST = 0.01
-"""The least deviation of a step, in those of its dimension at all steps: what hardly moves yet is not blown up."""
+"""The least deviation of a step, as a share of its dimension's over all steps: what hardly moves is not blown up."""
 _OFF = "--policy.normalize_each_step=false"
 _CONSTANT = 1e-6  # the largest deviation of a dimension that does not move
 
 
 class ChunkSteps(nn.Module):
-    """Mean and deviation of every step, (horizon, action) each, part of a checkpoint; 0 and 1 until they are set."""
+    """Mean and deviation of every step, (horizon, action) each, part of a checkpoint; NaN until they are set."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, horizon: int, actions: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(horizon, actions))
-        self.register_buffer("std", torch.ones(horizon, actions))
+        self.register_buffer("mean", torch.full((horizon, actions), torch.nan))
+        self.register_buffer("std", torch.full((horizon, actions), torch.nan))
 
     @property
     def is_set(self) -> bool:
-        return bool((self.std != 1).any())
+        return bool(self.mean.isfinite().all())
 
     def set(self, mean: np.ndarray, std: np.ndarray) -> None:
         """mean, std (horizon, action): of normalised actions, as of `measure_steps`."""
@@ -64,9 +64,9 @@ def measure_steps(
     """Mean and deviation, (horizon, action) each, of every step of a LeRobotDataset's chunks as the policy gets them.
 
     config: a policy's. statistics: what its normalisation uses. episodes: those that are measured, None for all. names:
-    the policy's names of features that the dataset has by other ones, and these. Steps past an episode's end do not
-    count. No deviation is below `SMALLEST`. Raises ValueError where the dataset is not on this machine, or does not
-    have what is measured.
+    the dataset's names of features, by the policy's, where they differ. Steps past an episode's end do not count. No
+    deviation is below `SMALLEST` of its dimension's, and one that never moves has 1. Raises ValueError where the
+    dataset is not on this machine, or does not have what is measured.
     """
     size, horizon = config.output_features[ACTION].shape[0], config.chunk_size
     moving = relative_dimensions(config, size) if config.use_relative_actions else np.zeros(size, bool)

@@ -99,12 +99,14 @@ class OFPUnetPolicy(FlowMapPolicy):
 
     def _measure_steps(self, steps: ChunkSteps) -> None:
         """A new run takes its dataset's, as LeRobot's normalisation does; an adapter's checkpoint cannot hold them."""
-        if self._dataset_meta is not None and not self.config.use_peft:
+        if self.config.use_peft:
+            return
+        if self._dataset_meta is not None:
             renamed = rename_map(None)
             statistics = self._dataset_stats or under_policy_names(self._dataset_meta.stats, renamed)
             names = {ours: theirs for theirs, ours in renamed.items()}
             steps.set(*measure_steps(self.config, self._dataset_meta, statistics, episodes_in_use(None), names))
-        if not steps.is_set:
+        elif self._dataset_stats is not None or not steps.is_set:
             raise ValueError(
                 "normalize_each_step needs the dataset to measure its chunks: pass dataset_meta to the policy, as "
                 "lerobot-train does, or set --policy.normalize_each_step=false"
@@ -154,7 +156,9 @@ class OFPUnetPolicy(FlowMapPolicy):
 def _flags_that_fit(source: str | Path, config: OFPUnetConfig, hub: dict[str, Any]) -> list[str]:
     """Of the settings in which the network of the checkpoint is another one than `config`'s."""
     path = find_file(source, CONFIG_NAME, **hub)
-    saved = read_json(path) if path is not None else {}
+    if path is None:
+        return []
+    saved = read_json(path)
     usual = OFPUnetConfig(device="cpu")
     names = _OF_THE_NETWORK + (("horizon",) if config.normalize_each_step else ())
     theirs = {name: saved.get(name, _plain(getattr(usual, name))) for name in names}
