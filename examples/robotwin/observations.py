@@ -8,6 +8,7 @@ from typing import NamedTuple
 from examples.quickstart.training import Training, pi05
 from robotwin_eval.cpu import checkout
 
+OFP, FLOW_MATCHING = "ofp", "flow_matching"
 PICTURES, POSES = "pictures", "poses"
 IMAGE_SIZE = 96  # pixels
 PROMPT_LENGTH = 96  # tokens: RoboTwin's longest instructions, and the state's 14 numbers
@@ -17,8 +18,9 @@ class Observations(NamedTuple):
     """What a policy sees beside its joints, and how it is recorded and trained on by default.
 
     network(training, directory, texts): lerobot-train's flags for a policy from scratch. directory: where it may write
-    a tokenizer. texts: the instructions. relative: whether actions are relative to the state of their chunk.
-    noise_temperature: of all policies in the comparison, None for the checkpoint's own.
+    a tokenizer. texts: the instructions. rows: of the comparison, each a name, whose checkpoint and further settings of
+    ofp-compare's --policy; the last one is the baseline. relative: whether actions are relative to the state of their
+    chunk.
     """
 
     config: str  # of task_config/
@@ -26,8 +28,8 @@ class Observations(NamedTuple):
     network: Callable[[Training, Path, Sequence[str]], dict[str, object]]
     demonstrations: int
     training: Training
+    rows: tuple[tuple[str, str, str], ...]
     relative: bool = False
-    noise_temperature: float | None = None
 
 
 def small_pi05(training: Training, directory: Path, texts: Sequence[str]) -> dict[str, object]:
@@ -52,7 +54,19 @@ def small_unet(training: Training, directory: Path, texts: Sequence[str]) -> dic
 
 OBSERVATIONS = {
     PICTURES: Observations(
-        checkout.CONFIG, "demo_clean", small_pi05, 50, Training(chunk_size=16, executed=8, base_steps=3000, steps=1200)
+        checkout.CONFIG,
+        "demo_clean",
+        small_pi05,
+        50,
+        Training(chunk_size=16, executed=8, base_steps=3000, steps=1200),
+        rows=(
+            ("ofp-1", OFP, "steps=1"),
+            ("ofp-1-warm", OFP, "steps=1,warm_start=0.15"),
+            ("ofp-2", OFP, "steps=2"),
+            ("ofp-euler-10", OFP, "steps=10,sampler=euler"),
+            ("fm-1", FLOW_MATCHING, "steps=1,sampler=euler"),
+            ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler"),
+        ),
     ),
     POSES: Observations(
         checkout.POSES,
@@ -60,7 +74,15 @@ OBSERVATIONS = {
         small_unet,
         500,
         Training(chunk_size=16, executed=16, batch_size=32, noise_draws=2, base_steps=12000, steps=2000),
+        # Chunks are executed whole: nothing is left for a warm start. Less noise suits what is learned on a CPU.
+        rows=(
+            ("ofp-1-of-8", OFP, "steps=1,samples=8"),
+            ("ofp-1", OFP, "steps=1,temperature=0"),
+            ("ofp-2", OFP, "steps=2,temperature=0"),
+            ("ofp-euler-10", OFP, "steps=10,sampler=euler,temperature=0"),
+            ("fm-1", FLOW_MATCHING, "steps=1,sampler=euler,temperature=0"),
+            ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler,temperature=0"),
+        ),
         relative=True,
-        noise_temperature=0.0,
     ),
 }

@@ -27,19 +27,8 @@ from robotwin_eval.adapters.cpu.recordings import settle
 from robotwin_eval.cpu.checkout import require
 from robotwin_eval.data.convert import INSTRUCTIONS, SHARD
 
-from .observations import OBSERVATIONS, PICTURES, Observations
+from .observations import FLOW_MATCHING, OBSERVATIONS, OFP, PICTURES, Observations
 
-OFP, FLOW_MATCHING = "ofp", "flow_matching"
-# name, whose checkpoint, further settings of ofp-compare's --policy
-ROWS = (
-    ("ofp-1", OFP, "steps=1"),
-    ("ofp-1-warm", OFP, "steps=1,warm_start=0.15"),
-    ("ofp-2", OFP, "steps=2"),
-    ("ofp-euler-10", OFP, "steps=10,sampler=euler"),
-    ("fm-1", FLOW_MATCHING, "steps=1,sampler=euler"),
-    ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler"),
-)
-BASELINE = "fm-10"
 SAVE_EVERY = 500  # training steps: an interrupted training goes on from the last checkpoint
 
 
@@ -144,14 +133,6 @@ class Job:
         return self.output / "train" / name / "run"
 
     @property
-    def rows(self) -> list[tuple[str, str, str]]:
-        """As `ROWS`; a warm start needs actions that were not executed."""
-        training, temperature = self.settings.training, self.seen.noise_temperature
-        noise = "" if temperature is None else f",temperature={temperature:g}"
-        rest = training.executed < training.chunk_size
-        return [(name, whose, how + noise) for name, whose, how in ROWS if rest or "warm_start" not in how]
-
-    @property
     def comparison(self) -> Path:
         """Of the two checkpoints that are there now: those of another training are other policies."""
         digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
@@ -238,19 +219,19 @@ def _train(job: Job, run: Path, after: Path, flags: dict[str, object]) -> None:
 
 def compare(job: Job) -> None:
     """`ofp-compare`, which goes on where it was interrupted."""
-    output, episodes = job.comparison, job.settings.episodes
+    output, episodes, baseline = job.comparison, job.settings.episodes, job.seen.rows[-1][0]
     command = [str(Path(sys.executable).with_name("ofp-compare")), "--env=robotwin", "--robotwin-cpu"]
-    command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={BASELINE}", f"--output={output}"]
+    command += [f"--tasks={job.task}", f"--episodes={episodes}", f"--baseline={baseline}", f"--output={output}"]
     command += [f"--conditions={job.seen.condition}", "--instruction-type=seen"]
     command += ["--devices=cpu", "--videos=2", f"--workers={job.workers}"]
-    for name, objective, sampling in job.rows:
+    for name, objective, sampling in job.seen.rows:
         command += ["--policy", f"name={name},path={checkpoint(job.run_of(objective))},{sampling}"]
 
     def played() -> int:
         lines = output / "episodes.jsonl"
         return len(lines.read_text().splitlines()) if lines.is_file() else 0
 
-    _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(job.rows)))
+    _watch(command, job.output / "compare.txt", played, job.bar("compare", episodes * len(job.seen.rows)))
 
 
 STAGES: tuple[tuple[str, tuple[Callable[[Job], None], ...]], ...] = (
