@@ -20,7 +20,7 @@ from ofp_lerobot.inference.session import Runner
 from ofp_lerobot.policies.ofp_unet.chunk_steps import measure_steps
 from ofp_lerobot.policies.ofp_unet.modeling_ofp_unet import OFPUnetPolicy
 from tests import runs, small
-from tests.policies.test_ofp_unet import HORIZON, batch, unet_flags, unet_policy
+from tests.unets import HORIZON, batch, unet_flags, unet_policy
 
 FPS, ONE_STILL, ONE = 10, 2, "one"
 

@@ -355,7 +355,8 @@ def test_a_policy_of_poses_is_trained_and_answers(tmp_path):
     for episode in range(2):
         pose_episode(tmp_path / "source", episode)
     converting.convert([tmp_path / "source"], tmp_path / "out", repo_id="local/x")
-    training = replace(OBSERVATIONS[POSES].training, base_steps=1, steps=1, batch_size=4)
+    sizes = {"chunk_size": 4, "executed": 4, "base_steps": 1, "steps": 1, "batch_size": 4}
+    training = replace(OBSERVATIONS[POSES].training, **sizes)
     base, ofp = tmp_path / "base", tmp_path / "ofp"
     network = OBSERVATIONS[POSES].network(training, tmp_path / "tokenizer", [])
     stages = ((base, base_flags(training, network)), (ofp, branch_flags(training, "ofp", runs.checkpoint(base, 1))))
