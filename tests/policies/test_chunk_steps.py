@@ -31,13 +31,17 @@ def drifts(frame, i):
     frame["action"][ONE_STILL] = frame["observation.state"][ONE_STILL] = 0.5
 
 
-@pytest.fixture(scope="module")
-def relative_data(tmp_path_factory):
-    root = runs.make_dataset(tmp_path_factory.mktemp("data") / "relative", cameras=(), length=11, change=drifts)
+def with_relative_statistics(root, change):
+    runs.make_dataset(root, cameras=(), length=11, change=change)
     recompute_stats(
         LeRobotDataset(runs.REPO, root), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
     )
     return root
+
+
+@pytest.fixture(scope="module")
+def relative_data(tmp_path_factory):
+    return with_relative_statistics(tmp_path_factory.mktemp("data") / "relative", drifts)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +106,10 @@ def test_it_answers_what_the_plain_policy_answers_scaled_by_hand(samples):
     policy, plain, mean, std = both(warm_start=0.3, test_time_samples=samples)
     noise, rest = torch.randn(2 * samples, HORIZON, small.ACTIONS), torch.randn(2, 3, small.ACTIONS)
     full = torch.cat([rest, rest[:, -1:].expand(-1, HORIZON - 3, -1)], dim=1)
-    for left in (None, (rest, (full - mean) / std)):
-        theirs, ours = (
-            ({}, {}) if left is None else ({"prev_chunk_left_over": left[1]}, {"prev_chunk_left_over": left[0]})
-        )
-        expected = plain.predict_action_chunk(batch(), noise=noise, **theirs) * std + mean
-        torch.testing.assert_close(policy.predict_action_chunk(batch(), noise=noise, **ours), expected)
+    for ours, theirs in ((None, None), (rest, (full - mean) / std)):
+        expected = plain.predict_action_chunk(batch(), noise=noise, prev_chunk_left_over=theirs) * std + mean
+        answer = policy.predict_action_chunk(batch(), noise=noise, prev_chunk_left_over=ours)
+        torch.testing.assert_close(answer, expected)
 
 
 def test_ofp_check_samples_as_the_policy_does():
@@ -155,10 +157,7 @@ def test_a_new_run_takes_its_datasets_steps_and_a_resumed_one_keeps_its_own(trai
         drifts(frame, i)
         frame["action"] += np.float32(0.2 * i) * (np.arange(small.ACTIONS) != ONE_STILL)
 
-    other = runs.make_dataset(tmp_path / "other", cameras=(), length=11, change=drifts_faster)
-    recompute_stats(
-        LeRobotDataset(runs.REPO, other), relative_action=True, relative_exclude_joints=["gripper"], chunk_size=HORIZON
-    )
+    other = with_relative_statistics(tmp_path / "other", drifts_faster)
     begun = runs.checkpoint(trained, 1)
     flags = runs.train_flags(other, tmp_path / "tuned", steps=1)
     runs.lerobot_train(*flags, f"--policy.path={begun}")

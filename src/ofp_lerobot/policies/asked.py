@@ -104,6 +104,11 @@ def rename_map(resumed: Path | None) -> dict[str, str]:
     return in_file("rename_map", resumed) if given is None else yaml.safe_load(given) or {}
 
 
+def names_in_dataset() -> dict[str, str]:
+    """The policy's names of features -> the dataset's, of a new run, where `--rename_map` makes them differ."""
+    return {ours: theirs for theirs, ours in rename_map(None).items()}
+
+
 def evaluates_in_an_environment(resumed: Path | None) -> bool:
     """Whether `lerobot-train` will play episodes between its steps. resumed: as above."""
     if not _lerobot_trains():

@@ -146,12 +146,13 @@ class FlowMapPolicy(PreTrainedPolicy):
         actions, mask, finite = self.prepare_actions(batch)
         held = torch.where(mask, actions, 0.0)
         largest = held.abs().amax(dim=(0, 1))
+        ends = self.to_path(actions)
         prefix = self.model.encode(*self.prepare_observation(batch))
         draws = self.config.num_noise_draws
         losses = self._objective.function(
             self._bind(prefix),
             self._bind_teacher(prefix.detach()),
-            self.to_path(actions).repeat(draws, 1, 1),
+            ends.repeat(draws, 1, 1),
             mask.repeat(draws, 1, 1),
             self.config,
             self._step,
@@ -163,7 +164,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self.training and due:
             self._diagnosis = diagnose(
                 self._bind(prefix.detach().head(ROWS)),
-                self.to_path(actions[:ROWS]),
+                ends[:ROWS],
                 mask[:ROWS],
                 self._generator(_MONITOR, actions.device),
             )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from .asked import rename_map
+from .asked import names_in_dataset
 from .normalisation import recompute
 from .training_state import resumed_from
 
@@ -75,8 +75,7 @@ def check_relative_features(config: Any, features: Mapping[str, Any]) -> None:
     if ACTION not in features:
         return
     size = features[ACTION]["shape"][0]
-    named = next((theirs for theirs, ours in rename_map(None).items() if ours == OBS_STATE), OBS_STATE)
-    state = features.get(named)
+    state = features.get(names_in_dataset().get(OBS_STATE, OBS_STATE))
     if state is not None and state["shape"][0] < size:
         raise ValueError(
             f"relative actions need the state, of {state['shape'][0]} dimensions, taken from actions of {size}: set "

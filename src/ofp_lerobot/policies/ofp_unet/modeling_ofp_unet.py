@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...compat import under_policy_names
 from ...flow_map.path import sample_chunk
-from ..asked import episodes_in_use, rename_map
+from ..asked import episodes_in_use, names_in_dataset, rename_map
 from ..normalisation import require_usable_statistics
 from ..policy import FlowMapPolicy
 from ..relative import check_relative_steps, check_training_data
@@ -102,10 +102,9 @@ class OFPUnetPolicy(FlowMapPolicy):
         if self.config.use_peft:
             return
         if self._dataset_meta is not None:
-            renamed = rename_map(None)
-            statistics = self._dataset_stats or under_policy_names(self._dataset_meta.stats, renamed)
-            names = {ours: theirs for theirs, ours in renamed.items()}
-            steps.set(*measure_steps(self.config, self._dataset_meta, statistics, episodes_in_use(None), names))
+            meta = self._dataset_meta
+            statistics = self._dataset_stats or under_policy_names(meta.stats, rename_map(None))
+            steps.set(*measure_steps(self.config, meta, statistics, episodes_in_use(None), names_in_dataset()))
         elif self._dataset_stats is not None or not steps.is_set:
             raise ValueError(
                 "normalize_each_step needs the dataset to measure its chunks: pass dataset_meta to the policy, as "
@@ -161,14 +160,8 @@ def _flags_that_fit(source: str | Path, config: OFPUnetConfig, hub: dict[str, An
     saved = read_json(path)
     usual = OFPUnetConfig(device="cpu")
     names = _OF_THE_NETWORK + (("horizon",) if config.normalize_each_step else ())
-    theirs = {name: saved.get(name, _plain(getattr(usual, name))) for name in names}
     return [
-        f"--policy.{name}={json.dumps(value)}"
-        for name, value in theirs.items()
-        if value != _plain(getattr(config, name))
+        f"--policy.{name}={theirs}"
+        for name in names
+        if (theirs := json.dumps(saved.get(name, getattr(usual, name)))) != json.dumps(getattr(config, name))
     ]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return json.loads(json.dumps(value))
