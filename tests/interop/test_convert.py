@@ -123,11 +123,15 @@ def test_export_ties_the_head_to_the_embedding(golden, checkpoint, tokenizer, tm
     assert openpi_layout.EMBEDDING not in back
 
 
-def test_ofp_starts_with_a_silent_branch(checkpoint, tokenizer, tmp_path):
+def test_ofp_starts_with_a_silent_branch(checkpoint, tokenizer, tmp_path, capsys):
     policy = OFPPolicy.from_pretrained(lerobot(checkpoint, tmp_path / "out", tokenizer, "--type=ofp"))
     t = torch.rand(3)
     assert torch.equal(policy.model.condition(t, t), policy.model.condition(t, t * 0.3))
-    assert (policy.config.num_inference_steps, policy.config.sampler) == (10, "euler")
+    # Training takes them over: it must not end in a policy of one step that acts in ten.
+    assert (policy.config.num_inference_steps, policy.config.sampler) == (1, "flow_map")
+    told = capsys.readouterr().out
+    assert "train it first, or give --policy.sampler=euler --policy.num_inference_steps=10" in told
+    assert f"--policy.path={tmp_path / 'out'}" in told.splitlines()[-1]
 
 
 def test_what_openpi_training_writes_keeps_its_branch(golden, tokenizer, tmp_path, refusal):
@@ -318,13 +322,14 @@ def test_dry_run_writes_nothing(checkpoint, tokenizer, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
     for fact in ("assets/robots/tiny", "base_0_rgb <- observation.images.base_0_rgb", "with state", "dry run"):
         assert fact in output
+    assert readme.RELATIVE not in output
     there = lerobot(checkpoint, tmp_path / "there", tokenizer, "--delta-mask=2,-1")
-    capsys.readouterr()
+    assert readme.RELATIVE in capsys.readouterr().out
     before = sorted(tmp_path.rglob("*"))
     assert convert(["to-openpi", str(there), f"--output={tmp_path / 'c'}", "--asset-id=a", "--dry-run"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     output = capsys.readouterr().out
-    assert readme.OTHER_RESIZING not in output
+    assert readme.OTHER_RESIZING not in output and readme.ROTARY in f"{output}\n"
     for fact in ("action_horizon=8", "discrete_state_input=True", "(True, True, False)", 'asset_id="a"'):
         assert fact in output
 

@@ -362,14 +362,36 @@ def test_a_silent_branch_is_told(dataset, tokenizer, tmp_path, caplog):
         assert ("has not learnt average velocities" in caplog.text) == (not branch)
 
 
-def test_a_temperature_does_not_carry_over(trained, dataset, tokenizer, tmp_path, caplog):
-    """And the proof is of full noise."""
-    source = runs.ofp_checkpoint(tmp_path / "run", dataset, tokenizer, noise_temperature=0.5, **REAL_NAMES)
+def test_what_does_not_carry_over_is_told(trained, dataset, tokenizer, tmp_path, caplog):
+    """And the proof is of full noise, on the plain path."""
+    only_ours = {"noise_temperature": 0.5, "warm_start": 0.15, "inference_engine": True, "inference_precision": "fp8"}
+    source = runs.ofp_checkpoint(tmp_path / "run", dataset, tokenizer, **only_ours, **REAL_NAMES)
     assert run(source, tmp_path / "out", 1, "--layout=lerobot") == 0
     assert "noise_temperature=0.5 does not carry over" in caplog.text
+    assert "warm_start=0.15 does not carry over" in caplog.text and "engine" not in caplog.text
     caplog.clear()
     assert run(trained, tmp_path / "plain", 1, "--layout=lerobot") == 0
     assert "carry over" not in caplog.text
+
+
+def test_relative_actions_are_told(trained, tmp_path, caplog):
+    """LeRobot adds the actions that wait in the queue to newer states."""
+    source = shutil.copytree(trained, tmp_path / "copy")
+    for name, step in (("pre", "relative"), ("post", "absolute")):
+        path = source / f"policy_{name}processor.json"
+        content = json.loads(path.read_text())
+        (found,) = (s for s in content["steps"] if s["registry_name"] == f"{step}_actions_processor")
+        found["config"]["enabled"] = True
+        path.write_text(json.dumps(content))
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_relative_actions": True}))
+    for checkpoint, relative in ((source, True), (trained, False)):
+        caplog.clear()
+        assert run(checkpoint, tmp_path / "out", 1, "--layout=lerobot", "--overwrite") == 0
+        page = (tmp_path / "out/README.md").read_text()
+        assert [readme.RELATIVE in caplog.text, readme.RELATIVE[1:] in page] == [relative] * 2
+        (command,) = (line for line in page.splitlines() if line.startswith("lerobot-eval"))
+        assert ("--policy.n_action_steps=1" in command) == relative
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/robot", "a/../b"])

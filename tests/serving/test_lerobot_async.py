@@ -19,6 +19,7 @@ from lerobot.policies.factory import make_pre_post_processors
 
 from ofp_lerobot.serving import lerobot_async
 from ofp_lerobot.serving.lerobot_async import allow_plugin
+from tests import small
 from tests.kinds import POLICIES
 from tests.serving.tinyrobot import JOINTS, TinyRobotConfig
 
@@ -101,6 +102,28 @@ def test_lerobots_server_refuses_the_type_until_it_is_allowed(somewhere):
             server.SendPolicyInstructions(request, context)
     finally:
         constants.SUPPORTED_POLICIES[:] = kept
+
+
+def test_pictures_reach_the_policy_as_the_camera_gives_them(somewhere):
+    """LeRobot's server would stretch them to the size of the policy's feature; the policy pads."""
+    from lerobot.async_inference.helpers import raw_observation_to_observation
+    from lerobot.async_inference.policy_server import PolicyServer
+
+    camera, size = "observation.images.top", (60, 80, 3)
+    policy = small.ofp_policy()
+    assert policy.config.image_features[camera].shape[1:] != size[:2]
+    features = {
+        "observation.state": {"dtype": "float32", "shape": (2,), "names": ["a", "b"]},
+        camera: {"dtype": "image", "shape": size, "names": ["height", "width", "channels"]},
+    }
+    picture = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
+    allow_plugin()
+    server = SimpleNamespace(policy=policy, lerobot_features=features)
+    shapes = PolicyServer.policy_image_features.fget(server)
+    seen = raw_observation_to_observation({"a": 0.0, "b": 1.0, "top": picture}, features, shapes)
+    assert np.array_equal(seen[camera][0].permute(1, 2, 0) * 255, picture)
+    server.policy = SimpleNamespace(config=policy.config)  # of another kind, which LeRobot resizes for
+    assert PolicyServer.policy_image_features.fget(server) == policy.config.image_features
 
 
 @pytest.mark.parametrize("kind", ["ofp", "ofp_smolvla"])  # ofp_pi0 has the class of ofp

@@ -14,7 +14,7 @@ from ..policies.ofp.configuration_ofp import OFPConfig
 
 
 def make_config(**settings: Any) -> OFPConfig:
-    """π₀.₅ as openpi runs it until it is trained to answer in one step: ten steps of its sampler.
+    """π₀.₅ as openpi runs it: ten steps of its sampler.
 
     Raises UserError where a setting is out of range.
     """

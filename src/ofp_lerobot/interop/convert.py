@@ -10,7 +10,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.reader import resolve_source
 from ..errors import UserError
@@ -23,7 +23,8 @@ from .configurations import make_config, read_config, save_config, stock_config
 from .directories import find_file, refuse_existing, whole_directory
 from .norm_stats import FILENAME, coarse, find_asset, from_openpi, read_openpi, size, to_openpi
 from .processors import Facts, exclusions, make_processors, read_processors
-from .readme import OTHER_RESIZING
+from .readme import OTHER_RESIZING, RELATIVE, ROTARY
+from .untrained import ACTS_IN_ONE_STEP, how_to_train, silent_branch
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def convert_from_openpi(
     if branch and kind == "pi05":
         raise UserError(f"{source} was trained to answer in one step (it has a target-time branch): give --type ofp")
     openpi.refuse_differences(state, openpi.shapes(config, branch=branch), source)
-    if branch:
+    if kind == "ofp":
         config.sampler, config.num_inference_steps = "flow_map", 1
     written: PI05Config = config if kind == "ofp" else stock_config(config)
     lines = [
@@ -91,7 +92,8 @@ def convert_from_openpi(
         f"rotary      {'rounded to bfloat16' if rounded else 'exact'}"
         + ("" if facts.exact_rotary is not None else ", by the weights' dtypes (--rotary to overrule)"),
         f"type        {kind}, dtype {written.dtype}",
-        *_warnings(state, stats, kind, config, pillow=pillow, prompt_state=facts.prompt_state),
+        *([ACTS_IN_ONE_STEP] if kind == "ofp" and not branch else []),
+        *_warnings(state, stats, facts, pillow=pillow),
     ]
     processors = make_processors(config, stats, stock=kind == "pi05", prompt_state=facts.prompt_state, pillow=pillow)
     if dry_run:
@@ -104,7 +106,8 @@ def convert_from_openpi(
         save_config(written, directory)
         for pipeline in processors:
             pipeline.save_pretrained(directory)
-    return [*lines, f"written     {target}"]
+    lines.append(f"written     {target}")
+    return [*lines, how_to_train(target, "pi05")] if kind == "ofp" and not branch else lines
 
 
 def convert_to_openpi(
@@ -144,6 +147,8 @@ def convert_to_openpi(
         lines.insert(1, "note        lm_head differed from embed_tokens; no π₀.₅ code reads it")
     if not processors.pillow:
         lines.append(f"note        {OTHER_RESIZING}")
+    if not config.bfloat16_rotary:
+        lines += ["note        openpi's server needs these lines after create_trained_policy:", *ROTARY.splitlines()]
     if dry_run:
         return [*lines, f"dry run     nothing written; would write {target}"]
     with whole_directory(target, overwrite=overwrite) as directory:
@@ -239,18 +244,6 @@ def _ofp_config(
     )
 
 
-@torch.no_grad()
-def silent_branch(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The target-time branch a stock policy starts with: its input layer random, its output layer zero."""
-    width = state[f"{weights.PREFIX}action_in_proj.weight"].shape[0]
-    layers = {"target_time_mlp_in": nn.Linear(width, width), "target_time_mlp_out": nn.Linear(width, width)}
-    nn.init.zeros_(layers["target_time_mlp_out"].weight)
-    nn.init.zeros_(layers["target_time_mlp_out"].bias)
-    return {
-        f"{weights.PREFIX}{name}.{k}": w.detach() for name, layer in layers.items() for k, w in layer.named_parameters()
-    }
-
-
 def _cameras(config: PI05Config) -> list[str]:
     return [key for key in config.image_features if "empty_camera" not in key]
 
@@ -274,15 +267,7 @@ def _mask_told(config: OFPConfig, facts: OpenpiFacts) -> str:
     return f"relative to the state, except {', '.join(config.relative_exclude_joints) or 'none'}"
 
 
-def _warnings(
-    state: dict[str, Tensor],
-    stats: dict[str, Any],
-    kind: str,
-    config: OFPConfig,
-    *,
-    pillow: bool,
-    prompt_state: bool,
-) -> list[str]:
+def _warnings(state: dict[str, Tensor], stats: dict[str, Any], facts: OpenpiFacts, *, pillow: bool) -> list[str]:
     notes = []
     if rounded := openpi.rounded_by_conversion(state):
         notes.append(
@@ -293,12 +278,11 @@ def _warnings(
         notes.append(
             f"note        {', '.join(dimensions)}: nearly constant, LeRobot's float32 holds the range only roughly"
         )
-    if kind == "ofp":
-        steps = f"{config.num_inference_steps} step{'s' * (config.num_inference_steps > 1)}, sampler {config.sampler}"
-        notes.append(f"note        acts in {steps}, as config.json says; a π₀.₅ is trained before it acts in one")
+    if facts.delta_mask is not None:
+        notes.append(f"note        {RELATIVE}")
     if not pillow:
         notes.append("note        images that are not 224 × 224 are resized by LeRobot, which is not openpi's resizing")
-    if not prompt_state or pillow:
+    if not facts.prompt_state or pillow:
         notes.append("note        its processors have steps of this package: install lerobot_policy_ofp where it runs")
     notes.append(
         "note        state and actions are those after openpi's data transforms (ALOHA's adapt_to_pi: π's joint space)"

@@ -27,7 +27,7 @@ from .directories import find_file, read_json, refuse_existing, whole_directory
 from .fold import fold_length, fold_times
 from .processors import read_processors
 from .proof import Difference, make_probes, our_answers, prove
-from .readme import OTHER_RESIZING, Origin, describe_lerobot, describe_openpi
+from .readme import OTHER_RESIZING, RELATIVE, Origin, describe_lerobot, describe_openpi
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,9 @@ def export(
         processors = read_processors(source, config.output_features[ACTION].shape[0], for_openpi=for_openpi)
     if for_openpi and not processors.pillow:
         logger.warning("%s was %s", source, OTHER_RESIZING)
+    relative = processors.delta_mask is not None
+    if relative and layout != "openpi":
+        logger.warning(RELATIVE)
     policy = load_policy(source, config, which)
     _warn_of_a_silent_branch(policy, source, steps)
     rounded = getattr(policy.config, "bfloat16_rotary", False)
@@ -108,7 +111,7 @@ def export(
                 facts = train_config_facts(stock, processors, str(asset_id))
                 text = describe_openpi(origin, facts, proven, rounded=rounded, pillow=processors.pillow)
             else:
-                text = describe_lerobot(origin, stock, proven, needs_plugin=processors.needs_plugin)
+                text = describe_lerobot(origin, stock, proven, needs_plugin=processors.needs_plugin, relative=relative)
             (part / "README.md").write_text(text)
             found += proven
     return found
@@ -131,7 +134,7 @@ def _make_plain(config: Any, steps: int) -> None:
 
     In float32, so that merging and the comparison do not round; the exported dtypes follow the values.
     """
-    for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0)):
+    for name, plain in (("test_time_samples", 1), ("noise_temperature", 1.0), ("warm_start", 0.0)):
         if getattr(config, name) != plain:
             logger.warning("%s=%s does not carry over to a stock policy", name, getattr(config, name))
             setattr(config, name, plain)
@@ -139,7 +142,9 @@ def _make_plain(config: Any, steps: int) -> None:
         config.dtype = "float32"
     config.compile_model, config.tokenizer_max_length = False, None
     config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
-    config.num_inference_steps, config.warm_start, config.rtc_config = steps, 0.0, None
+    config.num_inference_steps, config.rtc_config = steps, None
+    if hasattr(config, "inference_engine"):  # the proof is of the plain path
+        config.inference_engine, config.inference_precision = False, "full"
 
 
 def _warn_of_a_silent_branch(policy: VLAPolicy, source: str | Path, steps: int) -> None:

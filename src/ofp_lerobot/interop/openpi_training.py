@@ -11,6 +11,7 @@ What it writes holds the target-time branch beside π₀.₅'s weights: `ofp-con
 Times: t = 1 noise, t = 0 action, in openpi too.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,8 @@ from transformers.cache_utils import DynamicCache
 from ..flow_map.ema import TEACHER_DECAY, Weights, copy_weights, update_ema
 from ..flow_map.randomness import folded_generator
 from ..objectives import OBJECTIVES, Settings
+
+logger = logging.getLogger(__name__)
 
 _BRANCH = "target_time_mlp"
 _PERIODS = {"min_period": 4e-3, "max_period": 4.0}  # openpi's, of the time embedding
@@ -45,6 +48,11 @@ class OneStepPi0(pi0_pytorch.PI0Pytorch):
         super().__init__(config)
         if not self.pi05:
             raise ValueError("only π₀.₅ has the time condition: set Pi0Config(pi05=True)")
+        if config.dtype == "bfloat16":
+            logger.warning(
+                "openpi trains bfloat16 weights without a float32 copy, and rounds most of AdamW's small steps to "
+                "nothing: train with --pytorch_training_precision float32 where the memory is there"
+            )
         width = self.time_mlp_in.in_features
         self.target_time_mlp_in, self.target_time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
         nn.init.zeros_(self.target_time_mlp_out.weight)

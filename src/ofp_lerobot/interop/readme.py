@@ -57,11 +57,11 @@ _LEROBOT = """
 ## Run it
 
 ```bash
-lerobot-eval --policy.path={path} --policy.{setting}={steps} --policy.device=cuda --env.type=<env>
+lerobot-eval --policy.path={path} --policy.{setting}={steps} {relative_flag}--policy.device=cuda --env.type=<env>
 ```
 
 `config.json` says {steps} step{s} already; no flag is needed where none changes it. {dtype}{plugin}
-"""
+{relative}"""
 
 _DTYPE = {
     "float32": "It also says `dtype=float32`: with bfloat16 LeRobot would round the rotary frequencies, which these "
@@ -96,6 +96,11 @@ The train config says:
 {resizing}
 """
 
+RELATIVE = (
+    "the actions are relative to the state of their chunk, and LeRobot's stock policies add those that wait in the "
+    "queue to newer states: run lerobot-eval with --policy.n_action_steps=1, or ofp-serve or ofp-compare"
+)
+
 OTHER_RESIZING = (
     "trained with LeRobot's resizing of images, which differs from openpi's unless they are 224 × 224 already"
 )
@@ -118,7 +123,10 @@ class Origin(NamedTuple):
     kind: str = "pi05"  # LeRobot's type
 
 
-def describe_lerobot(origin: Origin, config: Any, found: Sequence[Difference], *, needs_plugin: bool) -> str:
+def describe_lerobot(
+    origin: Origin, config: Any, found: Sequence[Difference], *, needs_plugin: bool, relative: bool
+) -> str:
+    """config: the stock policy's; relative: whether its actions are relative to the state of their chunk."""
     plugin = (
         " Its processors have steps of `lerobot_policy_ofp`, which must be installed; the network is stock."
         if needs_plugin
@@ -129,6 +137,8 @@ def describe_lerobot(origin: Origin, config: Any, found: Sequence[Difference], *
         dtype=_DTYPE[precision(config)] if hasattr(config, "dtype") and origin.kind != "smolvla" else "",
         plugin=plugin,
         setting=steps_setting(config),
+        relative_flag="--policy.n_action_steps=1 " if relative else "",
+        relative=f"\n{RELATIVE[0].upper()}{RELATIVE[1:]}.\n" if relative else "",
         **_plural(origin),
     )
     return _head(origin, "lerobot") + run + _proof(origin, found) + _LOST.format(**_plural(origin))

@@ -17,12 +17,11 @@ from ..policies.vla import weights
 from ..policies.vla.text import TextExtentProcessorStep
 from . import openpi_layout as openpi
 from .configurations import read_config, save_config
-from .convert import silent_branch
 from .directories import find_file, refuse_existing, whole_directory
 from .processors import PREPROCESSOR, read_processors
+from .untrained import ACTS_IN_ONE_STEP, how_to_train, silent_branch
 
 _TOKENIZER = "tokenizer_processor"
-RECIPES = {"pi05": "one_step", "pi0": "one_step_pi0", "smolvla": "one_step_smolvla"}
 
 
 def convert_from_stock(
@@ -76,8 +75,7 @@ def convert_from_stock(
         f"settings    the checkpoint's: chunks of {config.chunk_size}, {config.n_action_steps} executed, "
         f"dtype {precision(config)}",
         f"processors  the checkpoint's, tokenizer {steps[names.index(_TOKENIZER)]['config'].get('tokenizer_name')}",
-        "note        acts in one step, as config.json says: train it first, or give --policy.sampler=euler "
-        "--policy.num_inference_steps=10",
+        ACTS_IN_ONE_STEP,
     ]
     if dry_run:
         return [*lines, f"dry run     nothing written; would write {target}"]
@@ -89,9 +87,4 @@ def convert_from_stock(
         if (origin := find_file(source, TRAIN_CONFIG_NAME) or find_file(source, ORIGIN)) is not None:
             shutil.copyfile(origin, directory / ORIGIN)  # what it was trained on, for `ofp-check`
         (directory / PREPROCESSOR).write_text(json.dumps({**processors.preprocessor, "steps": steps}, indent=2) + "\n")
-    return [
-        *lines,
-        f"written     {target}",
-        f'next        lerobot-train --config_path="$(ofp-recipe {RECIPES[stock]})" --policy.path={target} '
-        "--dataset.repo_id=<its data> --output_dir=outputs/train/one_step",
-    ]
+    return [*lines, f"written     {target}", how_to_train(target, stock)]

@@ -6,7 +6,9 @@ extended in place before the server starts, without changing LeRobot.
 """
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 EXTRA = "pip install 'lerobot_policy_ofp[async]'"
 # LeRobot's own help cannot be had without gRPC: its package asks for it where it is imported.
@@ -19,8 +21,12 @@ policies. The options are LeRobot's; with gRPC installed this help tells them in
 
 
 def allow_plugin() -> None:
-    """Registers the policy types and extends the list. Raises ImportError where LeRobot's `async` extra is missing."""
+    """Registers the policy types, extends the list, and leaves the resizing of images to policies that pad them.
+
+    Raises ImportError where LeRobot's `async` extra is missing.
+    """
     from lerobot.async_inference.constants import SUPPORTED_POLICIES
+    from lerobot.async_inference.policy_server import PolicyServer
     from lerobot.configs import PreTrainedConfig
 
     import lerobot_policy_ofp
@@ -29,6 +35,21 @@ def allow_plugin() -> None:
         kind = PreTrainedConfig.get_choice_name(getattr(lerobot_policy_ofp, name))
         if kind not in SUPPORTED_POLICIES:
             SUPPORTED_POLICIES.append(kind)
+    PolicyServer.policy_image_features = property(image_features)
+
+
+def image_features(server: Any) -> dict[str, Any]:
+    """The policy's cameras, to whose sizes LeRobot's server stretches the pictures.
+
+    Our VLAs keep the aspect ratio and pad, so theirs have the sizes that the client sends.
+    """
+    from ..policies.vla.policy import VLAPolicy
+
+    features = server.policy.config.image_features
+    if not isinstance(server.policy, VLAPolicy):
+        return features
+    sent = {key: server.lerobot_features[key]["shape"] for key in features if key in server.lerobot_features}
+    return {**features, **{key: replace(features[key], shape=(c, h, w)) for key, (h, w, c) in sent.items()}}
 
 
 def main() -> int:
