@@ -15,7 +15,7 @@ from .snapflow import snapflow
 OBJECTIVES: dict[str, Objective] = {
     "ofp": Objective(ofp, needs_teacher=True),
     "ofp_paper": Objective(ofp_paper, needs_teacher=True),
-    "flow_matching": Objective(flow_matching, needs_teacher=False, uses_target_time=False),
+    "flow_matching": Objective(flow_matching, needs_teacher=False, uses_target_time=False, steps=10),
     "shortcut": Objective(shortcut, needs_teacher=True),
     "mean_flow": Objective(mean_flow, needs_teacher=False, differentiates=True),
     "improved_mean_flow": Objective(improved_mean_flow, needs_teacher=False, differentiates=True),

@@ -29,13 +29,15 @@ class Objective(NamedTuple):
     device; all noise and times come from it.
     needs_teacher: whether the teacher is an average of the student's weights. uses_target_time: whether velocities are
     asked for with r < t; where not, only the sampler "euler" fits, and r is no input of the network. differentiates:
-    whether the student is differentiated in forward mode, which gradient checkpointing cannot.
+    whether the student is differentiated in forward mode, which gradient checkpointing cannot. steps: network
+    evaluations in which it learns to answer, for flow matching π₀.₅'s.
     """
 
     function: Callable[[Velocity, Velocity, Tensor, Tensor, Settings, int, Generator], Losses]
     needs_teacher: bool
     uses_target_time: bool = True
     differentiates: bool = False
+    steps: int = 1
 
 
 class FlowSamples(NamedTuple):

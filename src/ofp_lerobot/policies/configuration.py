@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,16 @@ class FlowMapConfig(Settings):
         self.check_settings()
         if not OBJECTIVES[self.objective].uses_target_time:
             self.sampler = "euler"
+
+    def act_as_trained(self, but: Collection[str] = ()) -> None:
+        """Sets the sampler and its steps by the objective, save for the settings named in `but`."""
+        objective = OBJECTIVES[self.objective]
+        usual = {
+            "sampler": "flow_map" if objective.uses_target_time else "euler",
+            "num_inference_steps": objective.steps,
+        }
+        for name in usual.keys() - set(but):
+            setattr(self, name, usual[name])
 
     def get_optimizer_preset(self) -> Any:
         """As LeRobot's, which asks for it where a new run begins and drops what the user has set beside it.
@@ -160,11 +170,18 @@ _read_checkpoints = PreTrainedConfig.from_pretrained.__func__  # type: ignore[at
 
 @functools.wraps(_read_checkpoints)
 def _read_checkpoint(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint's config.json names the device that trained it, which nobody asks for: LeRobot's warning will do."""
+    """What a checkpoint's config.json says and nobody asks for.
+
+    It names the device that trained it: LeRobot's warning will do. It says how the policy acts, which another objective
+    changes: a one-step policy that is trained from a flow-matching one would act by Euler's steps.
+    """
     config = _read_checkpoints(cls, *args, **kwargs)
-    flags = [flag.partition("=")[0] for flag in kwargs.get("cli_overrides") or ()]
-    if isinstance(config, FlowMapConfig) and "--device" not in flags:
-        config.note_device(None)
+    named = {flag.partition("=")[0].removeprefix("--") for flag in kwargs.get("cli_overrides") or ()}
+    if isinstance(config, FlowMapConfig):
+        if "device" not in named:
+            config.note_device(None)
+        if "objective" in named:
+            config.act_as_trained(named)
     return config
 
 
