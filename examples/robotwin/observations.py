@@ -60,9 +60,9 @@ OBSERVATIONS = {
         50,
         Training(chunk_size=16, executed=8, base_steps=3000, steps=1200),
         rows=(
-            ("ofp-1", OFP, "steps=1"),
-            ("ofp-1-warm", OFP, "steps=1,warm_start=0.15"),
-            ("ofp-2", OFP, "steps=2"),
+            ("ofp-1", OFP, "steps=1,sampler=flow_map"),
+            ("ofp-1-warm", OFP, "steps=1,sampler=flow_map,warm_start=0.15"),
+            ("ofp-2", OFP, "steps=2,sampler=flow_map"),
             ("ofp-euler-10", OFP, "steps=10,sampler=euler"),
             ("fm-1", FLOW_MATCHING, "steps=1,sampler=euler"),
             ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler"),
@@ -76,9 +76,9 @@ OBSERVATIONS = {
         Training(chunk_size=16, executed=16, batch_size=32, noise_draws=2, base_steps=12000, steps=2000),
         # Chunks are executed whole: nothing is left for a warm start. Less noise suits what is learned on a CPU.
         rows=(
-            ("ofp-1-of-8", OFP, "steps=1,samples=8"),
-            ("ofp-1", OFP, "steps=1,temperature=0"),
-            ("ofp-2", OFP, "steps=2,temperature=0"),
+            ("ofp-1-of-8", OFP, "steps=1,sampler=flow_map,samples=8"),
+            ("ofp-1", OFP, "steps=1,sampler=flow_map,temperature=0"),
+            ("ofp-2", OFP, "steps=2,sampler=flow_map,temperature=0"),
             ("ofp-euler-10", OFP, "steps=10,sampler=euler,temperature=0"),
             ("fm-1", FLOW_MATCHING, "steps=1,sampler=euler,temperature=0"),
             ("fm-10", FLOW_MATCHING, "steps=10,sampler=euler,temperature=0"),

@@ -59,7 +59,7 @@ def world(monkeypatch, tmp_path):
 def without_checkpoints(monkeypatch):
     """Policies need not be there."""
     monkeypatch.setattr(settings, "fingerprint", str)
-    monkeypatch.setattr(compare, "check_policies", lambda policies, devices: None)
+    monkeypatch.setattr(compare, "check_policies", lambda policies, devices: {})
 
 
 def run(world, *options, policy="name=one,path=/x,steps=1", env="metaworld", tasks="reach-v3", episodes=2):
@@ -235,6 +235,20 @@ def test_a_wrong_setting_costs_no_episode(world, policy_path, wrong, said, monke
     told = capsys.readouterr().err
     assert told.startswith("ofp-compare: policy 'two': ") and said in told
     assert not world.output.exists()
+
+
+def test_how_each_policy_answers_is_kept(policy_path, tmp_path):
+    """With what the checkpoint says where the setting is left to it, and of policies that played there before."""
+    spec = PolicySpec.parse_flag(f"name=one,path={policy_path},steps=3")
+    one = CHECK_POLICIES([spec], ["cpu"])
+    saved = json.loads((policy_path / "config.json").read_text())
+    assert (one["one"]["steps"], one["one"]["sampler"]) == (3, saved["sampler"])
+    path, two = tmp_path / "settings.json", {"two": {"steps": 10, "sampler": "euler"}}
+    for answers in (one, two):
+        now = {"harness": {}, "policies": {name: {} for name in answers}, "answers": answers}
+        settings.settle(path, now, [], has_starts=False)
+    later = settings.settle(path, {"harness": {}, "policies": {"one": {}}}, [], has_starts=False)  # a report only
+    assert later["answers"] == one | two
 
 
 @pytest.mark.parametrize(

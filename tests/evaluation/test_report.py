@@ -59,6 +59,16 @@ def test_each_task_has_its_difference_and_its_latency():
     assert len(lines) == 1 and "+100.0 [" in lines[0] and "| 0.0312 | 2.0 (2.0) |" in lines[0]
 
 
+def test_how_each_policy_answers_is_told():
+    """One step of a flow-matching sampler is not one step of a flow map."""
+    episodes = [*played("new", "a", "10"), *played("old", "a", "10")]
+    answers = {"new": {"steps": 1, "sampler": "flow_map"}}  # a directory of before knows none
+    report = summarise(episodes, POLICIES, {**SETTINGS, "answers": answers})
+    assert report["answers"] == {**answers, "old": None}
+    page = markdown(report)
+    assert "| 1, flow_map |" in page and "| 10 |" in page
+
+
 def test_other_instructions_are_other_episodes():
     episodes = played("new", "a", "1110") + played("old", "a", "0110")
     episodes[0] = replace(episodes[0], instruction="go elsewhere")

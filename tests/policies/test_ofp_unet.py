@@ -237,12 +237,13 @@ def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
     flags = unet_flags(objective="flow_matching", resize_shape=LARGER)
     runs.lerobot_train(*runs.train_flags(dataset, first, steps=2), *flags)
     start = runs.checkpoint(first, 2)
-    flags = [*unet_flags(resize_shape=LARGER), f"--policy.pretrained_path={start}"]
+    flags = [f"--policy.path={start}", "--policy.objective=ofp"]
     runs.lerobot_train(*runs.train_flags(dataset, second, steps=2), *flags)
     before, after = (load_file(runs.checkpoint(path, 2) / "model.safetensors") for path in (first, second))
     assert before.keys() == after.keys() and any("encoder.cameras.1" in name for name in after)
     assert before["model.target_time.3.weight"].abs().max() == 0 < after["model.target_time.3.weight"].abs().max()
     policy = OFPUnetPolicy.from_pretrained(runs.checkpoint(second, 2))
+    assert (policy.config.sampler, policy.config.num_inference_steps) == ("flow_map", 1)
     data = {key: torch.rand(2, 3, small.SIZE, small.SIZE) for key in small.CAMERAS}
     data[OBS_STATE] = torch.randn(2, small.STATES)
     assert policy.select_action(data).shape == (2, small.ACTIONS)
@@ -251,6 +252,20 @@ def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
     for camera in small.CAMERAS:
         blind = policy.predict_action_chunk({**data, camera: data[camera].flip(0)}, noise=noise)
         assert (blind - answer).abs().amax(dim=(1, 2)).min() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"scheduler_name": "constant"},
+        {"prediction_type": "sample"},
+        {"beta_end": 0.01},
+        {"gradient_checkpointing": True, "objective": "mean_flow"},
+    ],
+)
+def test_settings_without_an_effect_are_refused(setting):
+    with pytest.raises(ValueError, match=rf"set --policy\.{next(iter(setting))}="):
+        unet_policy({OBS_STATE: STATE}, **setting)
 
 
 def test_images_too_small_to_tell_anything_are_refused():

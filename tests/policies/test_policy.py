@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from lerobot.utils.constants import ACTION
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ofp_lerobot.objectives import OBJECTIVES, OFPPaperSettings
@@ -366,6 +367,41 @@ def test_a_warm_start_without_a_rest_is_told_once(caplog):
         for _ in range(2 * small.HORIZON + 1):
             policy.select_action(small.batch(1))
         assert caplog.text.count("warm_start=0.15 has no effect") == times
+
+
+def test_another_objective_brings_its_way_of_acting(tmp_path):
+    """A one-step policy that is trained from a flow-matching one acts in one step, and the other way round."""
+    acts = {"flow_matching": ("euler", 10), "ofp": ("flow_map", 1)}
+    for first, second in (("flow_matching", "ofp"), ("ofp", "flow_matching")):
+        sampler, steps = acts[first]
+        small.ofp_config(objective=first, sampler=sampler, num_inference_steps=steps).save_pretrained(tmp_path / first)
+        for flags, expected in (
+            ([], acts[first]),
+            ([f"--objective={second}"], acts[second]),
+            ([f"--objective={second}", "--num_inference_steps=4"], (acts[second][0], 4)),
+            (["--objective=ofp", "--sampler=euler", "--num_inference_steps=4"], ("euler", 4)),
+        ):
+            config = PreTrainedConfig.from_pretrained(tmp_path / first, cli_overrides=flags)
+            assert (config.sampler, config.num_inference_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "steps", "told"),
+    [
+        ("ofp", "flow_map", 1, None),
+        ("ofp", "euler", 10, "--policy.sampler=flow_map --policy.num_inference_steps=1"),
+        ("flow_matching", "euler", 10, None),
+        ("flow_matching", "euler", 1, "--policy.num_inference_steps=10"),
+        ("drifting", "euler", 1, None),
+    ],
+)
+def test_training_tells_of_acting_otherwise(objective, sampler, steps, told, caplog):
+    config = small.ofp_config(objective=objective, sampler=sampler, num_inference_steps=steps)
+    OFPPolicy(config)
+    assert "will act" not in caplog.text
+    stats = {key: {"q01": torch.zeros(5), "q99": torch.ones(5)} for key in (OBS_STATE, ACTION)}
+    OFPPolicy(config, dataset_stats=stats)
+    assert ("will act" in caplog.text) == (told is not None) and (told or "") in caplog.text
 
 
 @pytest.mark.parametrize("name", KINDS)

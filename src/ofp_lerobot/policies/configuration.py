@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakMethod
 
 import torch
@@ -29,6 +29,9 @@ class FlowMapConfig(Settings):
     Goes before a configuration of LeRobot's among the bases. Times: t = 1 noise, t = 0 action.
     Raises ValueError where a setting is out of range, naming it.
     """
+
+    # LeRobot's settings that have no effect on the policy, or none that is carried over: the value that says so, why.
+    foreign: ClassVar[dict[str, tuple[Any, str]]] = {}
 
     # A fact: the version that wrote this configuration.
     lerobot_version: str | None = None
@@ -76,6 +79,15 @@ class FlowMapConfig(Settings):
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
         self.check_settings()
+        for name, (off, why) in self.foreign.items():
+            if getattr(self, name) != off:
+                kind = self.type  # type: ignore[attr-defined]
+                raise ValueError(f"{name} is not for policy type {kind!r} ({why}): set --policy.{name}={off}")
+        if getattr(self, "gradient_checkpointing", False) and OBJECTIVES[self.objective].differentiates:
+            raise ValueError(
+                f"objective {self.objective!r} differentiates the network in forward mode, which checkpointing cannot: "
+                "set --policy.gradient_checkpointing=false"
+            )
         if not OBJECTIVES[self.objective].uses_target_time:
             self.sampler = "euler"
 

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     described = describe(policies, harness)
     frozen = None
     if not args.report_only:
-        check_policies(policies, args.devices)
+        described["answers"] = check_policies(policies, args.devices)
         frozen = frozen_starts(args)
     with open_results(args.output / EPISODES) as results:  # from here on there are files
         has_starts = _harness_class(args).looks_for_starts and bool(_known_starts(args.output / STARTS))

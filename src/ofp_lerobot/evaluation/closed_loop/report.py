@@ -61,6 +61,7 @@ def summarise(
         "environment": settings["harness"],
         "protocol": harness_class(kind).protocol(kind, chosen),
         "policies": {name: settings["policies"][name] for name in names},
+        "answers": {name: settings.get("answers", {}).get(name) for name in names},
         "baseline": baseline,
         "compared": {"episodes": len(shared), "of": total},
         "without_outcome": [name for name, solved in zip(names, outcomes, strict=True) if not solved],
@@ -171,7 +172,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# {', '.join(report['policies'])}", "", f"Environment: {report['protocol']}.", ""]
     if incomplete := _incomplete(report):
         lines += [f"{incomplete} Rates, differences and latencies are of these.", ""]
-    lines += _table(report["overall"], report["timing"])
+    lines += _table(report, report["overall"])
     if len(report["tasks"]) > 1:
         lines += ["", "## By task", ""]
         lines += _task_lines(report)
@@ -205,17 +206,20 @@ def _incomplete(report: dict[str, Any]) -> str:
     return f"Incomplete: {'; '.join(lacking)}." if lacking else ""
 
 
-def _table(rows: Sequence[dict[str, Any]], timing: dict[str, Any]) -> list[str]:
+def _table(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     head = ("policy", "success [95 %]", "episodes", "evaluations a chunk", "latency ms, median (p95)", "jump", "steps")
     lines = []
     for row in rows:
-        clock = timing[row["policy"]]
+        clock = report["timing"][row["policy"]]
+        answers = report["answers"][row["policy"]]
+        evaluations = _number(row["evaluations_per_chunk"], "{:g}")
         cells = [
             row["policy"],
             _success(row),
             f"{row['episodes']}" + (f" + {row['errors']} errors" if row["errors"] else ""),
         ]
-        cells += [_number(row["evaluations_per_chunk"], "{:g}"), _latency(clock), _number(row["jump"], "{:.4f}")]
+        cells += [f"{evaluations}, {answers['sampler']}" if answers else evaluations, _latency(clock)]
+        cells.append(_number(row["jump"], "{:.4f}"))
         lines.append([*cells, _number(row["steps_to_success"], "{:.0f}")])
     return [
         *markdown_table(head, lines),

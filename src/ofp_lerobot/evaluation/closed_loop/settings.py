@@ -22,16 +22,19 @@ def describe(policies: Sequence[PolicySpec], harness: HarnessSpec) -> dict[str, 
     }
 
 
-def check_policies(policies: Sequence[PolicySpec], devices: Sequence[str | None]) -> None:
+def check_policies(policies: Sequence[PolicySpec], devices: Sequence[str | None]) -> dict[str, dict[str, Any]]:
     """Whether each policy can answer with its settings, by its configuration: a wrong one costs no episode.
 
-    devices: where they are to answer. Raises UserError, naming the policy.
+    devices: where they are to answer. Returns the `Sampling` of each, nothing left to the checkpoint, by the policy's
+    name. Raises UserError, naming the policy.
     """
     from ...checkpoints.reader import resolve_source
     from ...devices import resolve_device
     from ...inference.policies import read_config
+    from ...inference.sampling import Sampling
     from ...inference.session import check_absent, check_horizon
 
+    answers = {}
     device, *_ = [resolve_device(device) for device in devices]
     for spec in policies:
         try:
@@ -45,6 +48,8 @@ def check_policies(policies: Sequence[PolicySpec], devices: Sequence[str | None]
                 f"policy {spec.name!r}: absent names {', '.join(unknown)}, its cameras are "
                 f"{', '.join(config.image_features) or 'none'}"
             )
+        answers[spec.name] = asdict(Sampling.of(config))
+    return answers
 
 
 def settle(path: Path, now: dict[str, Any], episodes: Iterable[Episode], *, has_starts: bool) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def settle(path: Path, now: dict[str, Any], episodes: Iterable[Episode], *, has_
         for name, spec in now["policies"].items():
             if name in played and not is_same_policy(before["policies"].get(name, spec), spec):
                 raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
-        now = {**now, "policies": before["policies"] | now["policies"]}
+        now |= {name: before.get(name, {}) | now[name] for name in ("policies", "answers") if name in now}
     now = before | now
     write_whole(path, json.dumps(now, indent=2) + "\n")
     return now

@@ -1,6 +1,7 @@
 """Configuration of the `ofp_smolvla` policy: SmolVLA's (LeRobot's `smolvla`) plus the one-step method's settings."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -12,13 +13,6 @@ from ..vla.features import check_features
 
 SMOLVLM_MAX_LENGTH = 48  # SmolVLA's default of tokenizer_max_length
 
-# SmolVLA's settings that have no effect here, or none that is carried over, with the value that says so.
-_FOREIGN = {
-    "num_steps": (10, "num_inference_steps is its name here"),
-    "use_cache": (True, "the prefix is always kept"),
-    "adapt_to_pi_aloha": (False, "convert the dataset, or its processors"),
-}
-
 
 @PreTrainedConfig.register_subclass("ofp_smolvla")
 @dataclass
@@ -27,6 +21,12 @@ class OFPSmolVLAConfig(FlowMapConfig, SmolVLAConfig):
 
     Raises ValueError where a setting is out of range, naming it.
     """
+
+    foreign: ClassVar = {
+        "num_steps": (10, "num_inference_steps is its name here"),
+        "use_cache": (True, "the prefix is always kept"),
+        "adapt_to_pi_aloha": (False, "convert the dataset, or its processors"),
+    }
 
     # Padded length of the prompt. None: the starting checkpoint's, or SmolVLA's 48. A checkpoint brings its own
     # processors, so it can only be set without one.
@@ -43,9 +43,6 @@ class OFPSmolVLAConfig(FlowMapConfig, SmolVLAConfig):
         within("n_action_steps", self.n_action_steps, 1)
         self.check_method()
         refuse_foreign_settings(self)
-        for name, (off, why) in _FOREIGN.items():
-            if getattr(self, name) != off:
-                raise ValueError(f"{name} is not for policy type {self.type!r} ({why}): set --policy.{name}={off}")
         if self.add_image_special_tokens and self.empty_cameras:  # LeRobot shows the network an absent camera's tokens
             raise ValueError(
                 f"empty_cameras={self.empty_cameras} and add_image_special_tokens=true are not for policy type "

@@ -1,7 +1,7 @@
 """Configuration of the `ofp_unet` policy: LeRobot's `diffusion` with the one-step method's settings."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfig
@@ -13,15 +13,34 @@ from ...errors import choice, within
 from ..configuration import FlowMapConfig
 
 RESNET_STRIDE = 32  # pixels that are one place of its last map
+_DIFFUSION = (
+    "noise_scheduler_type",
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "clip_sample",
+    "clip_sample_range",
+)
 
 
 @PreTrainedConfig.register_subclass("ofp_unet")
 @dataclass
 class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
-    """The network's and the encoder's fields are `DiffusionConfig`'s; those of its noise schedule have no effect.
+    """The network's and the encoder's fields are `DiffusionConfig`'s; those of its noise schedule are refused.
 
     A chunk starts at the current observation.
     """
+
+    foreign: ClassVar = {
+        "scheduler_name": ("cosine", "scheduler_decay_steps and scheduler_decay_lr say how the learning rate ends"),
+        "do_mask_loss_for_padding": (False, "padded steps never enter the loss"),
+        **{
+            name: (getattr(DiffusionConfig, name), "it is diffusion's, and this is flow matching")
+            for name in _DIFFUSION
+        },
+    }
 
     n_obs_steps: int = 1
     horizon: int = 16

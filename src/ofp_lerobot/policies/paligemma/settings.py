@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from ...compat import dtype_name, refuse_foreign_settings
 from ...errors import choice, within
-from ...objectives import OBJECTIVES
 from ..configuration import FlowMapConfig
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
@@ -71,11 +70,6 @@ class PaliGemmaSettings(FlowMapConfig):
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size}): "
                 "set --policy.n_action_steps"
-            )
-        if self.gradient_checkpointing and OBJECTIVES[self.objective].differentiates:
-            raise ValueError(
-                f"objective {self.objective!r} differentiates the network in forward mode, which checkpointing cannot: "
-                "set --policy.gradient_checkpointing=false"
             )
         if self.time_sampling_beta_beta != 1.0:
             raise ValueError("time_sampling_beta_beta must be 1 (flow times are drawn on the device as u^(1/alpha))")
