@@ -205,7 +205,7 @@ def test_it_runs_to_its_end(policy, tmp_path):
     assert made["settings"]["network"] == policy
     assert [(row["policy"], row["steps"]) for row in made["rows"]] == [(name, how.steps) for name, how in ROWS]
     trained = json.loads((training.checkpoint(tmp_path / "training/ofp/run") / "config.json").read_text())
-    assert (trained["type"], trained["objective"]) == (f"ofp_{policy}", "ofp")
+    assert (trained["type"], trained["objective"], trained["sampler"]) == (f"ofp_{policy}", "ofp", "flow_map")
 
 
 def fake_lerobot_train(directory, code):

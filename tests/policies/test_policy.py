@@ -369,6 +369,21 @@ def test_a_warm_start_without_a_rest_is_told_once(caplog):
         assert caplog.text.count("warm_start=0.15 has no effect") == times
 
 
+UNIT = {key: {"q01": torch.zeros(5), "q99": torch.ones(5)} for key in (OBS_STATE, ACTION)}
+
+
+@pytest.mark.parametrize(
+    ("objective", "steps", "told"),
+    [("ofp_paper", 15_000, True), ("ofp_paper", 15_001, False), ("ofp", 10, False)],
+)
+def test_training_tells_of_guidance_that_never_begins(objective, steps, told, caplog, monkeypatch):
+    """By default it begins after 15,000 steps."""
+    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--steps={steps}"])
+    monkeypatch.setattr("ofp_lerobot.policies.asked._lerobot_trains", lambda: True)
+    OFPPolicy(small.ofp_config(objective=objective), dataset_stats=UNIT)
+    assert ("--policy.ofp_paper.contraction_steps to less" in caplog.text) == told
+
+
 def test_another_objective_brings_its_way_of_acting(tmp_path):
     """A one-step policy that is trained from a flow-matching one acts in one step, and the other way round."""
     acts = {"flow_matching": ("euler", 10), "ofp": ("flow_map", 1)}
@@ -399,8 +414,7 @@ def test_training_tells_of_acting_otherwise(objective, sampler, steps, told, cap
     config = small.ofp_config(objective=objective, sampler=sampler, num_inference_steps=steps)
     OFPPolicy(config)
     assert "will act" not in caplog.text
-    stats = {key: {"q01": torch.zeros(5), "q99": torch.ones(5)} for key in (OBS_STATE, ACTION)}
-    OFPPolicy(config, dataset_stats=stats)
+    OFPPolicy(config, dataset_stats=UNIT)
     assert ("will act" in caplog.text) == (told is not None) and (told or "") in caplog.text
 
 

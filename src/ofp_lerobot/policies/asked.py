@@ -113,10 +113,19 @@ def evaluates_in_an_environment(resumed: Path | None) -> bool:
     """Whether `lerobot-train` will play episodes between its steps. resumed: as above."""
     if not _lerobot_trains():
         return False
-    usual = {name: getattr(TrainPipelineConfig, name) for name in ("env_eval_freq", "steps")}
-    given = {**usual, **_content(resumed or parser.parse_arg("config_path")), **in_flags()}
-    every, steps = (yaml.safe_load(str(given[name])) for name in usual)
+    every, steps = _of_run("env_eval_freq", resumed), _of_run("steps", resumed)
     return "type" in {**in_file("env", resumed), **in_flags("env")} and 0 < every <= steps
+
+
+def training_steps(resumed: Path | None) -> int | None:
+    """`--steps`, None where it is not LeRobot's training that calls. resumed: as above."""
+    return _of_run("steps", resumed) if _lerobot_trains() else None
+
+
+def _of_run(name: str, resumed: Path | None) -> int:
+    usual = {name: getattr(TrainPipelineConfig, name)}
+    given = {**usual, **_content(resumed or parser.parse_arg("config_path")), **in_flags()}
+    return int(yaml.safe_load(str(given[name])))
 
 
 def refuse_what_the_preset_overrules(config: Any, optimizer: Any, scheduler: Any) -> None:

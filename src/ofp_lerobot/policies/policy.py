@@ -33,6 +33,7 @@ from .asked import (
     refuse_what_resuming_overrules,
     rename_map,
 )
+from .beginning import tell_before_training
 from .leftovers import rows_left
 from .normalisation import FAR, check_first_batch, lacking
 from .scalars import LaggingScalars
@@ -97,7 +98,7 @@ class FlowMapPolicy(PreTrainedPolicy):
         if self._dataset_stats is not None:
             refuse_resuming_elsewhere()
             refuse_adapter_without_peft(config)  # LeRobot may have asked for no preset
-            _tell_how_it_will_act(config)
+            tell_before_training(config)
         self._resumed = resumed_state(config.pretrained_path)
         if (resumed := resumed_from(config.pretrained_path)) is not None:
             refuse_what_resuming_overrules(resumed)
@@ -480,23 +481,3 @@ class FlowMapPolicy(PreTrainedPolicy):
 def _local(weight: Tensor) -> Tensor:
     """What this process holds of a weight."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def _tell_how_it_will_act(config: Any) -> None:
-    """Warns where the trained policy would not answer in the way that its objective trains."""
-    objective, steps = OBJECTIVES[config.objective], config.num_inference_steps
-    if objective.uses_target_time and config.sampler == "euler":
-        logger.warning(
-            "the policy will act by sampler=euler, which does not use the average velocities that objective=%s trains: "
-            "set --policy.sampler=flow_map --policy.num_inference_steps=%d",
-            config.objective,
-            objective.steps,
-        )
-    elif steps < objective.steps:
-        logger.warning(
-            "the policy will act in %d of Euler's steps, which objective=%s does not train: set "
-            "--policy.num_inference_steps=%d",
-            steps,
-            config.objective,
-            objective.steps,
-        )
