@@ -15,9 +15,10 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.collate import lerobot_collate_fn
 from safetensors.torch import load_file, save_file
 
+from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.offline import command, history, inputs, main, measure, report, verdict
 from ofp_lerobot.flow_map.ema import copy_weights
-from ofp_lerobot.inference.policies import load_policy
+from ofp_lerobot.inference.policies import ServedPolicy, load_policy
 from ofp_lerobot.policies.ofp.modeling_ofp import OFPPolicy
 from ofp_lerobot.policies.training_state import TrainingState, save_training_state, state_path
 from ofp_lerobot.policies.vla.weights import NEW_PARAMETERS
@@ -600,6 +601,76 @@ def test_what_did_not_sharpen_is_not_told_to_sharpen_less():
     sharp = {"spread": dict.fromkeys(names, 0.4), "nearest": dict.fromkeys(names, 2.0)}
     (found,) = verdict.judge_sharpness(measured(objective="shortcut", sharpening_noise=0.5) | {"sharpness": sharp})
     assert "train longer" in found["text"] and "sharpening_noise" not in found["text"]
+
+
+def served(kind="ofp", **changes):
+    """A policy as the check gets it, without its processors; a `pi05` comes as ours."""
+    return ServedPolicy("a/b", small.ofp_policy(**changes), None, None, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "objective", "noise", "silent"),
+    [
+        ("ofp", {}, None, 0.0, True),  # a conversion
+        ("ofp", {"branch": 0.5}, "ofp", 0.5, False),
+        ("ofp", {"branch": 0.5, "sharpening_noise": 0.3}, "ofp", 0.3, False),
+        ("ofp", {"objective": "mean_flow"}, None, 0.0, True),
+        ("ofp", {"objective": "flow_matching"}, "flow_matching", 0.5, False),  # its branch is silent by design
+        ("pi05", {}, None, 0.0, False),
+    ],
+)
+def test_a_silent_branch_was_trained_by_no_objective(kind, changes, objective, noise, silent):
+    found = inputs.describe_checkpoint(served(kind, **changes))
+    assert (found["objective"], found["sharpening_noise"], found["silent_branch"]) == (objective, noise, silent)
+
+
+def test_verdict_on_one_step_that_is_not_trained():
+    """Near the mean of one way it is not excused by sharpening, between two it is not told to sharpen less."""
+    untrained = inputs.describe_checkpoint(served())
+    one, _ = verdict.judge(measured(spread=0.05, sharpness={"nearest": CLOSE, "covered": CLOSE}, **untrained))
+    assert one["label"] == "collapsed" and "sharpening" not in one["text"]
+    names = ("value", "low", "high")
+    sharp = {"spread": dict.fromkeys(names, 0.1), "nearest": dict.fromkeys(names, 1.9)}
+    (found,) = verdict.judge_sharpness(measured(**untrained) | {"sharpness": sharp})
+    assert found["label"] == "too_sharp" and "sharpening" not in found["text"]
+
+
+def limits_of(checkpoint):
+    seen = {"held_out": True, "before": {}, "unknown": None}
+    unit = {"bootstrap": {"unit": "episodes"}, "successive": None, "latency_ms": None}
+    described = {"source": "a/b", **inputs.describe_checkpoint(checkpoint)}
+    return " ".join(verdict.limits({"checkpoint": described, "data": seen, **unit}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "untrained", "other_steps"),
+    [
+        ("ofp", {}, True, False),
+        ("ofp", {"sampler": "euler"}, True, False),  # as a conversion acts
+        ("ofp", {"branch": 0.5}, False, False),
+        ("ofp", {"branch": 0.5, "sampler": "euler"}, False, True),
+        ("ofp", {"objective": "flow_matching"}, False, False),
+        ("pi05", {"sampler": "euler"}, False, False),
+    ],
+)
+def test_one_step_that_is_not_trained_or_not_taken_is_told(kind, changes, untrained, other_steps):
+    found = limits_of(served(kind, num_inference_steps=3, **changes))
+    assert ("branch is silent" in found) == untrained
+    assert ("config.json says sampler=euler, num_inference_steps=3." in found) == other_steps
+    assert ("--policy.sampler=flow_map --policy.num_inference_steps=1" in found) == other_steps
+
+
+def test_eight_bits_are_told_where_they_answer():
+    assert "inference_precision=fp8" in limits_of(served(inference_precision="fp8", inference_engine=True))
+    assert "fp8" not in limits_of(served(inference_precision="fp8"))  # on a CPU nobody takes the engine unasked
+    assert "fp8" not in limits_of(served(inference_engine=True))
+
+
+def test_eight_bits_that_cannot_be_timed(monkeypatch):
+    monkeypatch.setattr(measure, "load_items", lambda *_: small.batch(1))
+    fast = served(inference_precision="fp8", inference_engine=True)._replace(preprocessor=lambda batch: batch)
+    with pytest.raises(UserError, match="needs Triton and a GPU .* --latency-calls=0 leaves the latency out"):
+        measure.latency(fast, None, calls=1, seed=0)
 
 
 def law(rng, shape, *, width=1.0, modes=0.0, sides=(-1.0, 1.0)):

@@ -16,6 +16,7 @@ from ofp_lerobot.policies.vla import policy as vla_policy
 from ofp_lerobot.policies.vla.text import TEXT_EXTENT, TextExtent, known_extent, text_extent
 from tests import small
 from tests.kinds import KINDS, POLICIES
+from tests.unets import unet_policy
 
 
 def loss_of(policy, batch, seed=0):
@@ -88,6 +89,11 @@ def test_flow_matching_leaves_the_target_time_branch_silent():
         policy.config.sampler = sampler
         answers.append(policy.predict_action_chunk(batch, noise=noise))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("make", [*(kind.policy for kind in KINDS.values()), unet_policy], ids=[*KINDS, "ofp_unet"])
+def test_a_silent_branch_is_known(make):
+    assert make().branch_is_silent and not make(branch=0.2).branch_is_silent
 
 
 @pytest.mark.parametrize("name", KINDS)

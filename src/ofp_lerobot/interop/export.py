@@ -148,7 +148,7 @@ def _make_plain(config: Any, steps: int) -> None:
 
 
 def _warn_of_a_silent_branch(policy: VLAPolicy, source: str | Path, steps: int) -> None:
-    if policy.config.sampler == "flow_map" and not any(w.any() for w in policy.model.target_time_mlp_out.parameters()):
+    if policy.config.sampler == "flow_map" and policy.branch_is_silent:
         logger.warning(
             "%s has not learnt average velocities (its target-time branch is silent): this is a %s of ten steps run "
             "with %d",

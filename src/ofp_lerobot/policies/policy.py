@@ -60,6 +60,7 @@ class FlowMapPolicy(PreTrainedPolicy):
 
     prefix = model.encode(*self.prepare_observation(batch)) with the methods `detach()` and `head(rows)`, and
     u = model(prefix, x_t, t, r, keep), a `flow_map.path.Velocity` once the prefix is bound.
+    model.target_time(length) is what its target-time branch adds for t − r.
     """
 
     config_class: Any = PreTrainedConfig
@@ -122,6 +123,13 @@ class FlowMapPolicy(PreTrainedPolicy):
     def from_path(self, chunks: Tensor) -> Tensor:
         """Chunks (n, horizon, max_action_dim) that the flow ended in, as normalised actions."""
         return chunks
+
+    @property
+    @torch.no_grad()
+    def branch_is_silent(self) -> bool:
+        """Whether average velocities are not learnt yet: the target-time branch adds nothing, as before training."""
+        whole = torch.ones(1, device=next(self.model.parameters()).device)
+        return not self.model.target_time(whole).any()
 
     # Training
 

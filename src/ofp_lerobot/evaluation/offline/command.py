@@ -76,7 +76,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Loads, measures, prints and writes; returns what the JSON file holds."""
     from ...checkpoints.reader import load_config, resolve_source
-    from ...compat import precision
     from ...datasets import resolve_dataset
     from ...devices import resolve_device
     from ...inference.policies import load_policy
@@ -85,13 +84,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     source = resolve_source(args.checkpoint)
     device = resolve_device(args.device)
     how: dict[str, Any] = {"device": device, "as_ofp": True, "compile_model": False}
-    config, kind = load_config(source, **how)
+    config, _ = load_config(source, **how)
     dataset = resolve_dataset(args.dataset, args.root)
     metadata = inputs.load_metadata(dataset)
     wanted = parse_episodes(args.episodes)
     trained = history.read_history(source)
     episodes, reason = history.choose_episodes(metadata, wanted, trained.runs)
     checkpoint = load_policy(source, teacher=args.weights == "teacher", rename_map=args.rename_map, **how)
+    described = inputs.describe_checkpoint(checkpoint)
     notes = [
         *inputs.check_features(checkpoint, metadata),
         *inputs.check_statistics(checkpoint, metadata),
@@ -113,15 +113,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "checkpoint": {
             "source": str(source),
-            "type": kind,
             "weights": args.weights,
-            "chunk_size": config.chunk_size,
-            "n_action_steps": config.n_action_steps,
-            "test_time_samples": config.test_time_samples,
-            "objective": config.objective if kind == config.type else None,
-            "sharpening_noise": config.sharpening_noise,
-            "noise_temperature": config.noise_temperature,
-            "dtype": precision(config),
+            **described,
             "device": device,
         },
         "data": {

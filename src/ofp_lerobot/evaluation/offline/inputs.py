@@ -1,7 +1,8 @@
-"""Episodes in, with an answer in one line where they do not fit the checkpoint."""
+"""Checkpoint and episodes in, with an answer in one line where they do not fit each other."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from httpx import HTTPError  # of the Hub's client
 from lerobot.configs import PreTrainedConfig
@@ -10,12 +11,40 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...checkpoints.reader import masks_cameras, normaliser, state_size, statistics_problems
+from ...compat import precision
 from ...datasets import DatasetSource
 from ...errors import UserError
 from ...inference.policies import ServedPolicy
+from ...objectives import OBJECTIVES
 from ...policies.normalisation import recompute
 from ...policies.relative import check_relative
 from ...policies.vla.prompt import NO_INSTRUCTION, count_empty, tasks_of
+
+
+def describe_checkpoint(checkpoint: ServedPolicy) -> dict[str, Any]:
+    """The settings that the verdict depends on.
+
+    objective and sharpening_noise: None and 0 where they have not trained the weights. A stock policy has neither, and
+    in a conversion, whose branch is silent, they are for the training to come.
+    """
+    config = checkpoint.config
+    ours = checkpoint.kind == config.type
+    silent = ours and OBJECTIVES[config.objective].uses_target_time and checkpoint.policy.branch_is_silent
+    trained = ours and not silent
+    return {
+        "type": checkpoint.kind,
+        "chunk_size": config.chunk_size,
+        "n_action_steps": config.n_action_steps,
+        "sampler": config.sampler,
+        "num_inference_steps": config.num_inference_steps,
+        "test_time_samples": config.test_time_samples,
+        "objective": config.objective if trained else None,
+        "silent_branch": silent,
+        "sharpening_noise": config.sharpening_noise if trained else 0.0,
+        "noise_temperature": config.noise_temperature,
+        "dtype": precision(config),
+        "inference_precision": config.inference_precision if getattr(config, "uses_engine", False) else "full",
+    }
 
 
 def load_metadata(source: DatasetSource) -> LeRobotDatasetMetadata:

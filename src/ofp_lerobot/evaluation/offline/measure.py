@@ -465,7 +465,8 @@ def _successive(collected: Collected, executed: int) -> dict[str, Any]:
 def latency(checkpoint: ServedPolicy, dataset: LeRobotDataset, *, calls: int, seed: int) -> dict[str, Any] | None:
     """Median and 95th percentile of `predict_action_chunk` in ms, one observation, interleaved; None without calls.
 
-    From a preprocessed observation on the device to actions that are there, without pre- and postprocessing.
+    From a preprocessed observation on the device to actions that are there, without pre- and postprocessing. Raises
+    UserError where the policy cannot answer here, as with products in 8 bits on a machine that has none.
     """
     if calls == 0:
         return None
@@ -478,7 +479,10 @@ def latency(checkpoint: ServedPolicy, dataset: LeRobotDataset, *, calls: int, se
     for call in tqdm(range(WARM_UP_CALLS + calls), desc="latency", unit="round"):
         for name, sampling in SAMPLINGS.items():
             sampling.apply(policy.config)
-            taken = milliseconds(lambda: policy.predict_action_chunk(batch, noise=noise), device)
+            try:
+                taken = milliseconds(lambda: policy.predict_action_chunk(batch, noise=noise), device)
+            except ValueError as error:
+                raise UserError(f"{error}; --latency-calls=0 leaves the latency out") from error
             if call >= WARM_UP_CALLS:
                 times[name].append(taken)
     before.apply(policy.config)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from lerobot.utils.constants import ACTION
 
+from ...objectives import OBJECTIVES
 from ...objectives.monitor import HEALTHY_STD_RATIO
 from ...policies.normalisation import FAR
 
@@ -211,6 +212,22 @@ def limits(result: dict[str, Any]) -> list[str]:
         "Ten steps means the same weights: what training did to them shows by checking the starting checkpoint too.",
     ]
     asked = result["checkpoint"]
+    if asked["silent_branch"]:
+        notes.append(
+            "One step has not been trained: the checkpoint's target-time branch is silent, so its one step is a single "
+            "step of flow matching. Train it, then check again."
+        )
+    elif asked["objective"] and OBJECTIVES[asked["objective"]].uses_target_time and asked["sampler"] == "euler":
+        notes.append(
+            f"The checkpoint's config.json says sampler=euler, num_inference_steps={asked['num_inference_steps']}. "
+            "Commands act in that way, which is not the one step judged here: give them --policy.sampler=flow_map "
+            "--policy.num_inference_steps=1, or change config.json."
+        )
+    if asked["inference_precision"] == "fp8":
+        notes.append(
+            "Errors and spreads are those of exact products: what inference_precision=fp8 changes was not measured."
+            f"{' The latency is with fp8.' if result['latency_ms'] else ''}"
+        )
     if (asked["test_time_samples"], asked["noise_temperature"]) != (1, 1):
         notes.append(
             f"Single answers from full noise were measured; the checkpoint asks for test_time_samples="

@@ -180,8 +180,8 @@ class Engine:
         finally:
             weights.fp8 = eight_bits
         logger.warning(
-            "inference engine: products in 8 bits change this chunk by %.2g of its norm; what that does to actions, "
-            "ofp-check tells (inference_precision=full is exact)",
+            "inference engine: products in 8 bits change this chunk by %.2g of its norm; what that does to success, "
+            "ofp-compare tells, beside a copy of the checkpoint whose config.json says inference_precision=full",
             float((rounded - exact).norm() / exact.norm()),
         )
 
