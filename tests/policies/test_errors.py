@@ -142,7 +142,7 @@ def test_action_larger_than_the_network():
 def test_missing_quantiles():
     names = ("mean", "std", "min", "max")
     stats = {key: {n: torch.zeros(5) for n in names} for key in ("observation.state", ACTION)}
-    with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*augment_dataset"):
+    with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*recompute_stats"):
         OFPPolicy(small.ofp_config(), dataset_stats=stats)
 
 
