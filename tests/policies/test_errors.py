@@ -162,6 +162,7 @@ def test_statistics_under_the_datasets_names(policy, renames, monkeypatch):
     else:
         message = (
             "no statistics of 'observation.state', only of action, observation.joints: .* rename it in the dataset"
+            ".*lerobot-edit-dataset --operation.type=recompute_stats"
         )
         with pytest.raises(ValueError, match=message):
             policy(config, dataset_stats=stats)
