@@ -34,7 +34,11 @@ def main() -> int:
     from ofp_lerobot.errors import UserError
     from ofp_lerobot.evaluation.environments.metaworld import usable_backend
 
-    os.environ["MUJOCO_GL"] = usable_backend()
+    try:
+        os.environ["MUJOCO_GL"] = usable_backend()
+    except UserError as error:
+        print(f"examples.quickstart: {error}", file=sys.stderr)
+        return 2
     if os.environ["MUJOCO_GL"] == "osmesa":
         print("EGL does not work here, so OSMesa draws: slower. `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`")
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ofp_lerobot.errors import UserError
 from ofp_lerobot.files import write_whole
+from ofp_lerobot.objectives import OBJECTIVES
 
 from .keywords import TASKS, is_instruction_of
 
@@ -175,7 +176,8 @@ def prepare(
     content = yaml.safe_load(recipe.read_text())
     content["dataset"] = {**content.get("dataset", {}), "repo_id": repo_id, "root": str(dataset), "episodes": episodes}
     _write(output / "train.yaml", content)
-    baseline = {**content, "policy": {**content["policy"], "objective": "flow_matching"}}
+    acting = {"objective": "flow_matching", "num_inference_steps": OBJECTIVES["flow_matching"].steps}
+    baseline = {**content, "policy": {**content["policy"], **acting}}
     _write(output / "train_flow_matching.yaml", baseline)
     return content
 

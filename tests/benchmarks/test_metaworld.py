@@ -1,6 +1,7 @@
 """The MetaWorld benchmark: what a policy sees, trains on and is judged by, and one tiny run of its stages."""
 
 import json
+import subprocess
 from dataclasses import replace
 from functools import partial
 
@@ -634,6 +635,16 @@ def test_pictures_from_the_recording_to_the_answer(tmp_path, monkeypatch):
     assert all(each["chunk_ms"] > 0 for each in times)
 
 
+def test_pictures_without_opengl(tmp_path, monkeypatch, capsys):
+    """One line that says what to install, and nothing is recorded."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets
+    monkeypatch.setenv("MUJOCO_GL", "none that there is")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "Trace\nno EGL\n"))
+    assert main(["--image-size", "64", "--output", str(tmp_path / "new")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "apt-get install libegl1" in printed and not (tmp_path / "new").exists()
+
+
 def test_the_command_does_everything_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets
     monkeypatch.setattr(pipeline, "LATENCY_ROUNDS", 1)
@@ -655,7 +666,7 @@ def test_the_command_does_everything_once(tmp_path, monkeypatch, capsys):
     )
 
     def run():
-        main(["--budget", "minutes", "--output", str(tmp_path), "--processes", "1"])
+        assert main(["--budget", "minutes", "--output", str(tmp_path), "--processes", "1"]) == 0
         return json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
 
     first, printed = run()

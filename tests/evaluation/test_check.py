@@ -467,7 +467,8 @@ def test_missing_statistics(copied, dataset, tmp_path, capsys):
     file = next(copied.glob("*preprocessor*normalizer*.safetensors"))
     stats = load_file(file)
     save_file({k: v for k, v in stats.items() if k != "action.q99"}, file)
-    assert "action.q99" in fails(capsys, copied, dataset, tmp_path)
+    message = fails(capsys, copied, dataset, tmp_path)
+    assert "action.q99" in message and "--operation.type=recompute_stats" in message
     save_file({k: v for k, v in stats.items() if "state" not in k}, file)
     assert "observation.state.q01" in fails(capsys, copied, dataset, tmp_path)
     (copied / "policy_preprocessor.json").unlink()

@@ -16,6 +16,7 @@ from scipy import stats
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from examples.quickstart import __main__ as quickstart
 from examples.quickstart import evaluation, pipeline, report, training
 from examples.quickstart.demonstrations import Recording, demonstrate, disturbances
 from examples.quickstart.evaluation import Evaluation
@@ -190,8 +191,21 @@ def backend():
     pytest.importorskip("metaworld")
     try:
         return usable_backend()
-    except RuntimeError as error:
+    except UserError as error:
         pytest.skip(str(error))
+
+
+def test_without_opengl(tmp_path, monkeypatch, capsys):
+    """One line that says what to install, and nothing is recorded."""
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))  # the command sets them where they are not set
+    monkeypatch.setenv("MUJOCO_GL", "none that there is")
+    monkeypatch.setattr(sys, "argv", ["quickstart", f"--output={tmp_path / 'new'}"])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "Trace\nno EGL\n"))
+    assert quickstart.main() == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "apt-get install libegl1" in printed
+    assert printed.endswith("MUJOCO_GL=none that there is: no EGL\n") and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("policy", ["smolvla"])  # minutes; both go through the same code

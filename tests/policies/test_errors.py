@@ -142,7 +142,7 @@ def test_action_larger_than_the_network():
 def test_missing_quantiles():
     names = ("mean", "std", "min", "max")
     stats = {key: {n: torch.zeros(5) for n in names} for key in ("observation.state", ACTION)}
-    with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*augment_dataset"):
+    with pytest.raises(ValueError, match="no q01 and q99 statistics for 'observation.state'.*recompute_stats"):
         OFPPolicy(small.ofp_config(), dataset_stats=stats)
 
 
@@ -162,6 +162,7 @@ def test_statistics_under_the_datasets_names(policy, renames, monkeypatch):
     else:
         message = (
             "no statistics of 'observation.state', only of action, observation.joints: .* rename it in the dataset"
+            ".*lerobot-edit-dataset --operation.type=recompute_stats"
         )
         with pytest.raises(ValueError, match=message):
             policy(config, dataset_stats=stats)

@@ -96,7 +96,8 @@ def test_a_subset_is_ready_for_training(dataset, tmp_path, condition, count, exp
     content = yaml.safe_load((tmp_path / "train.yaml").read_text())
     assert content["dataset"]["episodes"] == expected
     baseline = yaml.safe_load((tmp_path / "train_flow_matching.yaml").read_text())
-    assert baseline["policy"].pop("objective") == "flow_matching" and baseline == content
+    assert baseline["policy"].pop("objective") == "flow_matching"
+    assert baseline["policy"].pop("num_inference_steps") == 10 and baseline == content
     trained = LeRobotDataset("local/hub", root=content["dataset"]["root"], episodes=expected)
     states = np.stack([trained[i]["observation.state"].numpy() for i in range(len(trained))]).astype(np.float64)
     assert len(states) == 5 * len(expected)

@@ -16,11 +16,13 @@ OpenGL (EGL or OSMesa) and on a CPU ten times as long.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ofp_lerobot.arguments import at_least
+from ofp_lerobot.errors import UserError
 from ofp_lerobot.evaluation.environments.metaworld import usable_backend
 from ofp_lerobot.objectives import OBJECTIVES
 
@@ -98,11 +100,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Budget, Path, int]:
     return budget, args.output or Path("outputs") / name, args.processes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 after one line on stderr where pictures are asked for and nothing draws them."""
     budget, output, processes = parse(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which share the cores
     if budget.recording.image_size:
-        os.environ["MUJOCO_GL"] = usable_backend()  # before MuJoCo draws
+        try:
+            os.environ["MUJOCO_GL"] = usable_backend()  # before MuJoCo draws
+        except UserError as error:
+            print(f"benchmarks.quality.metaworld: {error}", file=sys.stderr)
+            return 2
     report = Benchmark(budget, output, processes).run()
     print(reports.table(report["rows"]))
     print()
@@ -133,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = ", ".join(f"{each:.3f}" for each in check.get("seeds", ()))
         print(f"{held}  {check['what']}: {interval} (limit {check['limit']:g})" + (f", seeds {seeds}" if seeds else ""))
     print(f"{output}/report.json, {output}/success.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -204,8 +204,7 @@ def load_processors(
     ]:
         raise UserError(
             f"the processors of {source} lack the statistics {', '.join(missing)}: save them with the policy as "
-            "lerobot-train does, after `python -m lerobot.scripts.augment_dataset_quantile_stats` on the training data "
-            "where it has no q01 and q99"
+            f"lerobot-train does. Where the training data have no q01 and q99, compute them by {recompute()}"
         )
     if broken := [problem.text for problem in statistics_problems(preprocessor, config) if problem.kind == "broken"]:
         raise UserError(

@@ -31,7 +31,6 @@ BOUNDS = {
 }
 """What a normalisation needs of a feature's statistics."""
 
-_COMPUTE = "LeRobot's `python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id=<dataset>`"
 _EPSILON = 1e-8  # LeRobot's, in place of a range that is 0 and beside a deviation
 # Largest normalised values that are worth a warning, and that may stop a run. Quantiles hold 98 (80) in 100 values
 # within ±1. A value of n can be √n deviations from their mean, so a deviation stops a run only where no dataset
@@ -48,6 +47,7 @@ def recompute(repo_id: str = "<dataset>", root: str = "<its directory>", *flags:
     """How to compute a dataset's statistics anew, to follow "by". root: quoted for a shell.
 
     LeRobot writes them into a copy, also with --operation.overwrite, unless --new_root names the dataset's directory.
+    Its script that only adds quantiles pushes the dataset to the Hub.
     """
     command = f"lerobot-edit-dataset --operation.type=recompute_stats --repo_id={repo_id} --root={root}"
     return (
@@ -81,13 +81,13 @@ def check_statistics(config: Any, statistics: Statistics | None) -> None:
             where = "give --rename_map" if names_are_mapped() else "rename it in the dataset (--rename_map will not do)"
             raise ValueError(
                 f"the dataset has no statistics of {key!r}, only of {', '.join(sorted(statistics))}: where it is there "
-                f"by another name, {where}; else compute them with {_COMPUTE}"
+                f"by another name, {where}; else compute them by {recompute()}"
             )
         kind = features[key].type
         raise ValueError(
             f"the dataset has no {' and '.join(missing)} statistics for {key!r}, which normalization_mapping "
-            f"{kind.value}={config.normalization_mapping[kind].value} needs: compute them once with {_COMPUTE}, or set "
-            "--policy.normalization_mapping to what the dataset has"
+            f"{kind.value}={config.normalization_mapping[kind].value} needs: set "
+            f"--policy.normalization_mapping to what the dataset has, or compute them by {recompute()}"
         )
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import UserError
+
 if TYPE_CHECKING:
     import mujoco
 
@@ -39,14 +41,13 @@ with mujoco.Renderer(model, 64, 64) as renderer:
 """
 _INSTALL = """MuJoCo cannot draw without a display: no OpenGL backend works on this machine.
 Debian, Ubuntu: `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri` (EGL), or `apt-get install libosmesa6` (slower).
-What was tried:
-"""
+What was tried: """
 
 
 def usable_backend() -> str:
     """The value of MUJOCO_GL to use: the one already set, else EGL, else OSMesa, whichever draws first.
 
-    Raises RuntimeError with what to install where none does.
+    Raises UserError with what to install where none does.
     """
     chosen = os.environ.get("MUJOCO_GL")
     candidates = [chosen] if chosen is not None else ["egl", "osmesa"] if sys.platform == "linux" else [""]
@@ -58,8 +59,8 @@ def usable_backend() -> str:
         if probe.returncode == 0:
             return name
         reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
-        failures.append(f"  MUJOCO_GL={name or '(unset)'}: {reason}")
-    raise RuntimeError(_INSTALL + "\n".join(failures))
+        failures.append(f"MUJOCO_GL={name or '(unset)'}: {reason}")
+    raise UserError(_INSTALL + "; ".join(failures))
 
 
 def description(task: str) -> str:
