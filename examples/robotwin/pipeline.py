@@ -141,8 +141,9 @@ class Job:
 
     @property
     def comparison(self) -> Path:
-        """Of the two checkpoints that are there now: those of another training are other policies."""
-        digest = hashlib.sha256(b"".join((self.run_of(x).parent / STAMP).read_bytes() for x in (OFP, FLOW_MATCHING)))
+        """Of the two checkpoints that are there now, with these rows: others are other policies."""
+        stamps = [(self.run_of(x).parent / STAMP).read_text() for x in (OFP, FLOW_MATCHING)]
+        digest = hashlib.sha256(json.dumps([stamps, self.seen.rows]).encode())
         return self.output / "compare" / digest.hexdigest()[:8]
 
     def bar(self, what: str, total: int) -> tqdm:

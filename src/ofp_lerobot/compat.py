@@ -20,6 +20,8 @@ from lerobot.configs import PreTrainedConfig
 from packaging.version import Version
 from torch import Tensor, nn
 
+from .errors import as_flag
+
 LEROBOT = version("lerobot")
 UNTIL_0_6_1 = Version(LEROBOT) < Version("0.6.2")
 TRAINS_LORA_BY_USE_PEFT = Version(LEROBOT) >= Version("0.7")  # until then `use_peft` only says what a checkpoint is
@@ -60,7 +62,7 @@ def refuse_foreign_settings(config: Any) -> None:
     """Raises ValueError for settings that LeRobot's policies take and this package would ignore."""
     for name, off in FOREIGN.items():
         if getattr(config, name, off) != off:
-            raise ValueError(f"{name} is not supported by policy type {config.type!r}: set --policy.{name}={off}")
+            raise ValueError(f"{name} is not supported by policy type {config.type!r}: set {as_flag(name, off)}")
     if getattr(config.rtc_config, "mode", "guided") == "trained":  # until 0.6.1 there is no mode
         raise ValueError(
             "rtc_config.mode=trained needs a policy trained for it, which this package does not do: set "

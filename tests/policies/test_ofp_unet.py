@@ -255,17 +255,24 @@ def test_fine_tunes_a_flow_matching_checkpoint_with_images(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "cure"),
     [
-        {"scheduler_name": "constant"},
-        {"prediction_type": "sample"},
-        {"beta_end": 0.01},
-        {"gradient_checkpointing": True, "objective": "mean_flow"},
+        ({"scheduler_name": "constant"}, "--policy.scheduler_name=cosine"),
+        ({"prediction_type": "sample"}, "--policy.prediction_type=epsilon"),
+        ({"do_mask_loss_for_padding": True}, "--policy.do_mask_loss_for_padding=false"),
     ],
 )
-def test_settings_without_an_effect_are_refused(setting):
-    with pytest.raises(ValueError, match=rf"set --policy\.{next(iter(setting))}="):
-        unet_policy({OBS_STATE: STATE}, **setting)
+def test_a_new_run_may_not_ask_for_what_has_no_effect(setting, cure):
+    """A checkpoint of before that has it loads and acts."""
+    policy = unet_policy({OBS_STATE: STATE}, **setting)
+    with pytest.raises(ValueError, match=f"set {cure}$"):
+        policy.config.get_optimizer_preset()
+    unet_policy({OBS_STATE: STATE}).config.get_optimizer_preset()
+
+
+def test_checkpointing_is_refused_where_the_objective_differentiates_forward():
+    with pytest.raises(ValueError, match="mean_flow.*set --policy.gradient_checkpointing=false"):
+        unet_policy({OBS_STATE: STATE}, gradient_checkpointing=True, objective="mean_flow")
 
 
 def test_images_too_small_to_tell_anything_are_refused():

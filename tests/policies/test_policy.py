@@ -393,7 +393,8 @@ def test_training_tells_of_guidance_that_never_begins(objective, steps, told, ca
 def test_another_objective_brings_its_way_of_acting(tmp_path):
     """A one-step policy that is trained from a flow-matching one acts in one step, and the other way round."""
     acts = {"flow_matching": ("euler", 10), "ofp": ("flow_map", 1)}
-    for first, second in (("flow_matching", "ofp"), ("ofp", "flow_matching")):
+    both = (("flow_matching", "ofp"), ("ofp", "flow_matching"))
+    for first, second in both:
         sampler, steps = acts[first]
         small.ofp_config(objective=first, sampler=sampler, num_inference_steps=steps).save_pretrained(tmp_path / first)
         for flags, expected in (
@@ -401,9 +402,20 @@ def test_another_objective_brings_its_way_of_acting(tmp_path):
             ([f"--objective={second}"], acts[second]),
             ([f"--objective={second}", "--num_inference_steps=4"], (acts[second][0], 4)),
             (["--objective=ofp", "--sampler=euler", "--num_inference_steps=4"], ("euler", 4)),
+            (["--objective=ofp", "--sampler=euler"], ("euler", 10 if first == "flow_matching" else 1)),
         ):
             config = PreTrainedConfig.from_pretrained(tmp_path / first, cli_overrides=flags)
             assert (config.sampler, config.num_inference_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "expected"),
+    [("flow_map", 2, ("flow_map", 2)), ("euler", 10, ("flow_map", 1))],  # the second: inherited, or never trained
+)
+def test_the_same_objective_keeps_its_steps(sampler, steps, expected, tmp_path):
+    small.ofp_config(sampler=sampler, num_inference_steps=steps).save_pretrained(tmp_path)
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--objective=ofp", "--device=cpu"])
+    assert (config.sampler, config.num_inference_steps) == expected
 
 
 @pytest.mark.parametrize(

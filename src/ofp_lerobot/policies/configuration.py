@@ -16,7 +16,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device_available
 
 from ..compat import LEROBOT, name_saving_version
-from ..errors import choice, within
+from ..errors import as_flag, choice, within
 from ..flow_map.samplers import SAMPLERS
 from ..objectives import OBJECTIVES, Settings
 from . import asked, retired
@@ -30,8 +30,10 @@ class FlowMapConfig(Settings):
     Raises ValueError where a setting is out of range, naming it.
     """
 
-    # LeRobot's settings that have no effect on the policy, or none that is carried over: the value that says so, why.
+    # LeRobot's settings with which the policy cannot do, and those that do nothing, which a new run may not ask for:
+    # the only value, and why.
     foreign: ClassVar[dict[str, tuple[Any, str]]] = {}
+    without_effect: ClassVar[dict[str, tuple[Any, str]]] = {}
 
     # A fact: the version that wrote this configuration.
     lerobot_version: str | None = None
@@ -79,10 +81,7 @@ class FlowMapConfig(Settings):
         within("num_noise_draws", self.num_noise_draws, 1)
         within("monitor_freq", self.monitor_freq, 0)
         self.check_settings()
-        for name, (off, why) in self.foreign.items():
-            if getattr(self, name) != off:
-                kind = self.type  # type: ignore[attr-defined]
-                raise ValueError(f"{name} is not for policy type {kind!r} ({why}): set --policy.{name}={off}")
+        self._refuse(self.foreign)
         if getattr(self, "gradient_checkpointing", False) and OBJECTIVES[self.objective].differentiates:
             raise ValueError(
                 f"objective {self.objective!r} differentiates the network in forward mode, which checkpointing cannot: "
@@ -91,21 +90,31 @@ class FlowMapConfig(Settings):
         if not OBJECTIVES[self.objective].uses_target_time:
             self.sampler = "euler"
 
-    def act_as_trained(self, but: Collection[str] = ()) -> None:
-        """Sets the sampler and its steps by the objective, save for the settings named in `but`."""
-        objective = OBJECTIVES[self.objective]
-        usual = {
-            "sampler": "flow_map" if objective.uses_target_time else "euler",
-            "num_inference_steps": objective.steps,
-        }
-        for name in usual.keys() - set(but):
-            setattr(self, name, usual[name])
+    def _refuse(self: Any, foreign: dict[str, tuple[Any, str]]) -> None:
+        for name, (off, why) in foreign.items():
+            if getattr(self, name) != off:
+                raise ValueError(f"{name} is not for policy type {self.type!r} ({why}): set {as_flag(name, off)}")
+
+    def act_as_trained(self, before: "FlowMapConfig", named: Collection[str]) -> None:
+        """Sets the sampler and its steps by the objective, save for settings in `named`.
+
+        before: the configuration of the checkpoint. Where that acts by this objective already nothing changes.
+        """
+        objective, other = OBJECTIVES[self.objective], self.objective != before.objective
+        if "sampler" not in named:
+            self.sampler = "flow_map" if objective.uses_target_time else "euler"
+        if "num_inference_steps" not in named and (
+            self.sampler != before.sampler or (other and "sampler" not in named)
+        ):
+            self.num_inference_steps = objective.steps
 
     def get_optimizer_preset(self) -> Any:
         """As LeRobot's, which asks for it where a new run begins and drops what the user has set beside it.
 
-        Raises ValueError where that is something else, or where `use_peft` is set for a checkpoint without an adapter.
+        Raises ValueError where that is something else, where a setting has no effect, or where `use_peft` is set for a
+        checkpoint without an adapter.
         """
+        self._refuse(self.without_effect)
         preset = super().get_optimizer_preset()  # type: ignore[misc]
         asked.refuse_what_the_preset_overrules(self, preset, self.get_scheduler_preset())  # type: ignore[attr-defined]
         asked.refuse_adapter_settings(self)
@@ -187,13 +196,14 @@ def _read_checkpoint(cls: Any, *args: Any, **kwargs: Any) -> Any:
     It names the device that trained it: LeRobot's warning will do. It says how the policy acts, which another objective
     changes: a one-step policy that is trained from a flow-matching one would act by Euler's steps.
     """
-    config = _read_checkpoints(cls, *args, **kwargs)
-    named = {flag.partition("=")[0].removeprefix("--") for flag in kwargs.get("cli_overrides") or ()}
+    config, flags = _read_checkpoints(cls, *args, **kwargs), kwargs.get("cli_overrides") or ()
+    named = {flag.partition("=")[0].removeprefix("--") for flag in flags}
     if isinstance(config, FlowMapConfig):
         if "device" not in named:
             config.note_device(None)
         if "objective" in named:
-            config.act_as_trained(named)
+            device = [flag for flag in flags if flag.startswith("--device=")]  # else the file's, which may be absent
+            config.act_as_trained(_read_checkpoints(cls, *args, **{**kwargs, "cli_overrides": device}), named)
     return config
 
 

@@ -207,7 +207,15 @@ def _incomplete(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    head = ("policy", "success [95 %]", "episodes", "evaluations a chunk", "latency ms, median (p95)", "jump", "steps")
+    head = (
+        "policy",
+        "success [95 %]",
+        "episodes",
+        "evaluations a chunk, sampler",
+        "latency ms, median (p95)",
+        "jump",
+        "steps",
+    )
     lines = []
     for row in rows:
         clock = report["timing"][row["policy"]]

@@ -49,6 +49,7 @@ def check_policies(policies: Sequence[PolicySpec], devices: Sequence[str | None]
                 f"{', '.join(config.image_features) or 'none'}"
             )
         answers[spec.name] = asdict(Sampling.of(config))
+        del answers[spec.name]["engine"]  # each worker's device decides
     return answers
 
 
@@ -67,7 +68,7 @@ def settle(path: Path, now: dict[str, Any], episodes: Iterable[Episode], *, has_
         for name, spec in now["policies"].items():
             if name in played and not is_same_policy(before["policies"].get(name, spec), spec):
                 raise UserError(f"{path}: policy {name!r} was another one then: give it another name or --output")
-        now |= {name: before.get(name, {}) | now[name] for name in ("policies", "answers") if name in now}
+        now = now | {name: before.get(name, {}) | now[name] for name in ("policies", "answers") if name in now}
     now = before | now
     write_whole(path, json.dumps(now, indent=2) + "\n")
     return now

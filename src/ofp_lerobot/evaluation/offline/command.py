@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     data = inputs.load_episodes(metadata, dataset.root, config, episodes)
     fraction = args.warm_start or config.warm_start or measure.PAPERS_WARM_START
+    # First: on a machine that cannot answer as the checkpoint asks it ends here.
+    latency = measure.latency(checkpoint, data, calls=args.latency_calls, seed=args.seed)
     collected = measure.collect(
         checkpoint,
         data,
@@ -109,7 +111,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     statistics = measure.summarise(collected, executed=config.n_action_steps, seed=args.seed)
-    latency = measure.latency(checkpoint, data, calls=args.latency_calls, seed=args.seed)
     result = {
         "checkpoint": {
             "source": str(source),

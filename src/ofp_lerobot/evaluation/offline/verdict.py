@@ -220,8 +220,9 @@ def limits(result: dict[str, Any]) -> list[str]:
     elif asked["objective"] and OBJECTIVES[asked["objective"]].uses_target_time and asked["sampler"] == "euler":
         notes.append(
             f"The checkpoint's config.json says sampler=euler, num_inference_steps={asked['num_inference_steps']}. "
-            "Commands act in that way, which is not the one step judged here: give them --policy.sampler=flow_map "
-            "--policy.num_inference_steps=1, or change config.json."
+            "Commands act in that way, which is not the one step judged here. Change config.json to flow_map and 1, or "
+            "give LeRobot's commands --policy.sampler=flow_map --policy.num_inference_steps=1, ofp-serve --sampler "
+            "flow_map --num-inference-steps 1, and ofp-compare sampler=flow_map,steps=1."
         )
     if asked["inference_precision"] == "fp8":
         notes.append(

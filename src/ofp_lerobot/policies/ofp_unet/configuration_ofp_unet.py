@@ -28,12 +28,12 @@ _DIFFUSION = (
 @PreTrainedConfig.register_subclass("ofp_unet")
 @dataclass
 class OFPUnetConfig(FlowMapConfig, DiffusionConfig):
-    """The network's and the encoder's fields are `DiffusionConfig`'s; those of its noise schedule are refused.
+    """The network's and the encoder's fields are `DiffusionConfig`'s; a new run may not change those of its noise.
 
     A chunk starts at the current observation.
     """
 
-    foreign: ClassVar = {
+    without_effect: ClassVar = {
         "scheduler_name": ("cosine", "scheduler_decay_steps and scheduler_decay_lr say how the learning rate ends"),
         "do_mask_loss_for_padding": (False, "padded steps never enter the loss"),
         **{
