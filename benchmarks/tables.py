@@ -405,8 +405,10 @@ def comparison(report: dict[str, Any]) -> list[str]:
             continue
         low, high = row["ci95"]
         solved = f"{row['successes']} of {row['episodes']}, {row['success']:.2f} [{low:.2f}, {high:.2f}]"
-        rows.append((row["policy"], f"{row['evaluations_per_chunk']:.0f}", solved, against.get(row["policy"], "–")))
-    return markdown_table(("policy", "evaluations", "solved", f"points to {report['baseline']}"), rows)
+        answers = report.get("answers", {}).get(row["policy"])  # a report of before does not know
+        how = f"{row['evaluations_per_chunk']:.0f}" + (f", {answers['sampler']}" if answers else "")
+        rows.append((row["policy"], how, solved, against.get(row["policy"], "–")))
+    return markdown_table(("policy", "evaluations, sampler", "solved", f"points to {report['baseline']}"), rows)
 
 
 def older(name: str) -> list[str]:

@@ -70,6 +70,7 @@ def test_a_comparison_by_policy():
     row = {"policy": "one", "episodes": 4, "successes": 3, "success": 0.75, "ci95": [0.3, 0.954]}
     report = {
         "baseline": "ten",
+        "answers": {"one": {"sampler": "flow_map"}, "ten": None},  # of one that played before it was kept
         "overall": [
             {**row, "evaluations_per_chunk": 1.0},
             {**row, "policy": "ten", "evaluations_per_chunk": 10.0},
@@ -81,9 +82,9 @@ def test_a_comparison_by_policy():
         ],
     }
     assert tables.comparison(report) == [
-        "| policy | evaluations | solved | points to ten |",
+        "| policy | evaluations, sampler | solved | points to ten |",
         "| --- | --- | --- | --- |",
-        "| one | 1 | 3 of 4, 0.75 [0.30, 0.95] | −25.0 [−50.0, +10.0] |",
+        "| one | 1, flow_map | 3 of 4, 0.75 [0.30, 0.95] | −25.0 [−50.0, +10.0] |",
         "| ten | 10 | 3 of 4, 0.75 [0.30, 0.95] | – |",
     ]
 

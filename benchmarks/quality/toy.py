@@ -233,7 +233,7 @@ def grouped(chunks: Tensor) -> Tensor:
 def cases(objective: str, start: str) -> list[Case]:
     """Few steps with the objective's own sampler, ten with Euler. Drifting trains one step and nothing else."""
     name, _ = understand(objective)
-    sampler = "flow_map" if OBJECTIVES[name].uses_target_time else "euler"
+    sampler = OBJECTIVES[name].sampler
     few = [Case(objective, start, 1, sampler), Case(objective, start, 2, sampler), Case(objective, start, 10, "euler")]
     return few[:1] if name == "drifting" else few
 

@@ -203,7 +203,7 @@ class Benchmark:
         plain = Sampling.plain
         if objective == diffusion.NAME:
             return [*(plain("ddim", steps) for steps in self.budget.steps), plain("ddpm", 100)]
-        sampler = "flow_map" if OBJECTIVES[name_of(objective)].uses_target_time else "euler"
+        sampler = OBJECTIVES[name_of(objective)].sampler
         variants = [plain(sampler, 1, warm_start=WARM_START), plain(sampler, 1, samples=SAMPLES)]
         variants += [plain("euler", 10, warm_start=WARM_START)] * (objective == BASE)
         steps = self.budget.steps if objective != "drifting" else (1,)

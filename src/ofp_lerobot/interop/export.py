@@ -141,7 +141,7 @@ def _make_plain(config: Any, steps: int) -> None:
     if hasattr(config, "precision"):
         config.dtype = "float32"
     config.compile_model, config.tokenizer_max_length = False, None
-    config.sampler = "flow_map" if OBJECTIVES[config.objective].uses_target_time else "euler"
+    config.sampler = OBJECTIVES[config.objective].sampler
     config.num_inference_steps, config.rtc_config = steps, None
     if hasattr(config, "inference_engine"):  # the proof is of the plain path
         config.inference_engine, config.inference_precision = False, "full"

@@ -39,6 +39,11 @@ class Objective(NamedTuple):
     differentiates: bool = False
     steps: int = 1
 
+    @property
+    def sampler(self) -> str:
+        """The sampler that asks the network for what this trains."""
+        return "flow_map" if self.uses_target_time else "euler"
+
 
 class FlowSamples(NamedTuple):
     """x_t (n, horizon, action_dim) at times t (n,), and the velocity ε − a of each sample's path."""

@@ -18,7 +18,7 @@ def tell_before_training(config: Any) -> None:
 
 def _tell_how_it_will_act(config: Any) -> None:
     """Warns where the trained policy would not answer in the way that its objective trains."""
-    objective, steps = OBJECTIVES[config.objective], config.num_inference_steps
+    objective = OBJECTIVES[config.objective]
     if objective.uses_target_time and config.sampler == "euler":
         logger.warning(
             "the policy will act by sampler=euler, which does not use the average velocities that objective=%s trains: "
@@ -26,11 +26,10 @@ def _tell_how_it_will_act(config: Any) -> None:
             config.objective,
             objective.steps,
         )
-    elif steps < objective.steps:
+    elif config.num_inference_steps == 1 < objective.steps:
         logger.warning(
-            "the policy will act in %d of Euler's steps, which objective=%s does not train: set "
+            "the policy will act in 1 of Euler's steps, which objective=%s does not train: set "
             "--policy.num_inference_steps=%d",
-            steps,
             config.objective,
             objective.steps,
         )

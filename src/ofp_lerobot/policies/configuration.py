@@ -102,7 +102,7 @@ class FlowMapConfig(Settings):
         """
         objective, other = OBJECTIVES[self.objective], self.objective != before.objective
         if "sampler" not in named:
-            self.sampler = "flow_map" if objective.uses_target_time else "euler"
+            self.sampler = objective.sampler
         if "num_inference_steps" not in named and (
             self.sampler != before.sampler or (other and "sampler" not in named)
         ):
