@@ -488,8 +488,7 @@ def undocumented() -> set[str]:
         for configuration in CONFIGURATIONS.values()
         for base in configuration.__mro__
         if base.__module__.startswith("ofp_lerobot.") and base.__module__ != "ofp_lerobot.compat"
-        for name in vars(base).get("__annotations__", {})
-        if not name.startswith("_")
+        for name in vars(base).get("__annotations__", {}).keys() & {field.name for field in fields(configuration)}
     }
     return {name for name in names if f"`{name}`" not in page}
 

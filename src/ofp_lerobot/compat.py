@@ -20,8 +20,6 @@ from lerobot.configs import PreTrainedConfig
 from packaging.version import Version
 from torch import Tensor, nn
 
-from .errors import as_flag
-
 LEROBOT = version("lerobot")
 UNTIL_0_6_1 = Version(LEROBOT) < Version("0.6.2")
 TRAINS_LORA_BY_USE_PEFT = Version(LEROBOT) >= Version("0.7")  # until then `use_peft` only says what a checkpoint is
@@ -56,6 +54,11 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 def precision(config: Any) -> str:
     """The name of a configuration's `dtype`, float32 where none is set; until 0.6.1 some policies have none."""
     return dtype_name(getattr(config, "dtype", None) or torch.float32)
+
+
+def as_flag(name: str, value: object) -> str:
+    """A policy's setting as LeRobot's parser takes it."""
+    return f"--policy.{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def refuse_foreign_settings(config: Any) -> None:

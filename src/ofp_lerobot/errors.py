@@ -14,11 +14,6 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def as_flag(name: str, value: object) -> str:
-    """A policy's setting as a command takes it."""
-    return f"--policy.{name}={str(value).lower() if isinstance(value, bool) else value}"
-
-
 def within(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raises ValueError where a setting is out of its range."""
     if not low <= value <= high:

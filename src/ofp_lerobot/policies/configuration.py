@@ -15,8 +15,8 @@ from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.device_utils import auto_select_torch_device, is_torch_device_available
 
-from ..compat import LEROBOT, name_saving_version
-from ..errors import as_flag, choice, within
+from ..compat import LEROBOT, as_flag, name_saving_version
+from ..errors import choice, within
 from ..flow_map.samplers import SAMPLERS
 from ..objectives import OBJECTIVES, Settings
 from . import asked, retired
