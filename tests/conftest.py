@@ -1,6 +1,7 @@
 import logging
 import os
 import sys
+import threading
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,11 @@ if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
 
 import pytest
 import torch
+from tqdm import tqdm
+
+# Tests fork processes and kill them. tqdm's lock is shared with these, and stays taken where one is killed that holds it.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def pytest_ignore_collect(collection_path, config):
