@@ -22,7 +22,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-# Tests fork processes and kill them. tqdm's lock is shared with these, and stays taken where one is killed that holds it.
+# Tests fork processes and kill them. These share tqdm's lock, which stays taken where one of them held it.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 
